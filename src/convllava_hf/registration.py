@@ -1,0 +1,60 @@
+"""Registration with transformers: the Auto classes, and what stock tools look up by name.
+
+Importing `convllava_hf` calls `register()` once.
+"""
+
+import sys
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.models.auto import modeling_auto
+
+from .configuration_convllava import ConvLlavaConfig
+from .image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
+from .modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
+from .processing_convllava import ConvLlavaProcessor
+
+
+# The flat files that travel with every checkpoint as remote code.
+HUB_FILES = (
+    "configuration_convllava.py",
+    "image_processing_convllava.py",
+    "modeling_convllava.py",
+    "processing_convllava.py",
+)
+
+
+def register() -> None:
+    """Makes transformers, its pipelines and its server find the classes of this package by model type and by name.
+
+    Safe to call more than once. Saved checkpoints carry the code files and an `auto_map`, so that
+    `trust_remote_code=True` loads them where this package is not installed.
+    """
+    AutoConfig.register("convllava", ConvLlavaConfig, exist_ok=True)
+    AutoModel.register(ConvLlavaConfig, ConvLlavaModel, exist_ok=True)
+    AutoModelForImageTextToText.register(ConvLlavaConfig, ConvLlavaForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(ConvLlavaConfig, ConvLlavaForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(ConvLlavaConfig, ConvLlavaProcessor, exist_ok=True)
+    AutoImageProcessor.register(
+        ConvLlavaConfig,
+        image_processor_classes={"torchvision": ConvLlavaImageProcessor, "pil": ConvLlavaImageProcessorPil},
+        exist_ok=True,
+    )
+    # Pipelines and `transformers serve` look names up in these tables and on the transformers module itself.
+    name = ConvLlavaForConditionalGeneration.__name__
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["convllava"] = name
+    setattr(sys.modules["transformers"], name, ConvLlavaForConditionalGeneration)
+
+    ConvLlavaConfig.register_for_auto_class()
+    ConvLlavaModel.register_for_auto_class("AutoModel")
+    ConvLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    ConvLlavaProcessor.register_for_auto_class()
+    for image_processor in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
+        image_processor.register_for_auto_class()

@@ -1,0 +1,194 @@
+"""Names of weights: for each original family a table from its names to those of the model it becomes.
+
+Notation: a rule is `template: target`. In a template, `{x}` stands for one integer and reaches the target under the same
+name; `{rest}` stands for whatever follows. A target is a name or [`Dropped`] with the reason. A rule without `{rest}`
+goes before one with it; otherwise exactly one rule must match a name, so the order of the rules never matters.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+class ConversionError(ValueError):
+    """Weights, a configuration or a place that cannot be converted from or to; says what, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What becomes of a weight that the new model has no place for: `reason` is written to the conversion report."""
+
+    reason: str
+
+
+def _compile(template: str) -> re.Pattern:
+    parts = re.split(r"\{(\w+)\}", template)
+    pattern = re.escape(parts[0])
+    for field, literal in zip(parts[1::2], parts[2::2]):
+        pattern += f"(?P<{field}>{'.+' if field == 'rest' else '[0-9]+'}){re.escape(literal)}"
+    return re.compile(pattern)
+
+
+class WeightMap:
+    """A table of rules for the names of one kind of checkpoint.
+
+    Args:
+        kind (`str`): what the table reads, for messages, for example `"a timm ConvNeXt"`.
+        rules (`dict[str, str | Dropped]`): see the notation of this module.
+    """
+
+    def __init__(self, kind: str, rules: dict[str, str | Dropped]):
+        self.kind = kind
+        self.rules = rules
+        self._exact = [(_compile(rule), target) for rule, target in rules.items() if "{rest}" not in rule]
+        self._open = [(_compile(rule), target) for rule, target in rules.items() if "{rest}" in rule]
+
+    def rename(self, name: str) -> str | Dropped:
+        """Looks a name up.
+
+        Args:
+            name: name of a weight in the original checkpoint.
+
+        Returns:
+            Its new name, or [`Dropped`].
+
+        Raises:
+            ConversionError: no rule matches the name, or more than one does.
+        """
+        for rules in (self._exact, self._open):
+            found = [(match, target) for pattern, target in rules if (match := pattern.fullmatch(name))]
+            if len(found) > 1:
+                raise ConversionError(f"the table of {self.kind} has {len(found)} rules for {name!r}; expected one.")
+            if found:
+                match, target = found[0]
+                return target if isinstance(target, Dropped) else target.format(**match.groupdict())
+        raise ConversionError(
+            f"unknown weight {name!r}; expected names of {self.kind}, such as {next(iter(self.rules))!r}. If it belongs "
+            "to a module that was added to the model, remove it from the checkpoint; otherwise check that this is the "
+            "right repository."
+        )
+
+
+def _affine(*modules: str) -> list[str]:
+    """`m.weight` and `m.bias` for each module."""
+    return [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+
+
+# transformers' ConvNextModel; the tower of ConvLLaVA has the same names behind `model.vision_tower.`.
+CONVNEXT_MAP = {
+    **{name: name for name in _affine("embeddings.patch_embeddings", "embeddings.layernorm")},
+    **{
+        f"encoder.stages.{{s}}.{leaf}": f"encoder.stages.{{s}}.{leaf}"
+        for leaf in _affine("downsampling_layer.0", "downsampling_layer.1")
+    },
+    **{
+        f"encoder.stages.{{s}}.layers.{{l}}.{leaf}": f"encoder.stages.{{s}}.layers.{{l}}.{leaf}"
+        for leaf in [*_affine("dwconv", "layernorm", "pwconv1", "pwconv2"), "layer_scale_parameter"]
+    },
+}
+POOLED_NORM = {name: name for name in _affine("layernorm")}
+CLASSIFIER = Dropped("classification head; a tower's output is its last map")
+
+# ConvNextModel as released in ConvLLaVA-ConvNeXt-*, and the same inside ConvNextForImageClassification.
+CONVNEXT = WeightMap(
+    "transformers' ConvNeXt",
+    {
+        **CONVNEXT_MAP,
+        **POOLED_NORM,
+        **{f"convnext.{name}": target for name, target in {**CONVNEXT_MAP, **POOLED_NORM}.items()},
+        **{name: CLASSIFIER for name in _affine("classifier")},
+    },
+)
+
+# timm's ConvNeXt, `timm/models/convnext.py`, to ConvNextModel. `head.norm` normalises the pooled map, as `layernorm` does.
+TIMM_CONVNEXT_RULES = {
+    **dict(zip(_affine("stem.0", "stem.1"), _affine("embeddings.patch_embeddings", "embeddings.layernorm"))),
+    **dict(
+        zip(
+            _affine("stages.{s}.downsample.0", "stages.{s}.downsample.1"),
+            _affine("encoder.stages.{s}.downsampling_layer.0", "encoder.stages.{s}.downsampling_layer.1"),
+        )
+    ),
+    **{
+        f"stages.{{s}}.blocks.{{l}}.{leaf}": f"encoder.stages.{{s}}.layers.{{l}}.{target}"
+        for leaf, target in zip(
+            [*_affine("conv_dw", "norm", "mlp.fc1", "mlp.fc2"), "gamma"],
+            [*_affine("dwconv", "layernorm", "pwconv1", "pwconv2"), "layer_scale_parameter"],
+        )
+    },
+    **dict(zip(_affine("head.norm"), _affine("layernorm"))),
+    **{name: CLASSIFIER for name in _affine("head.pre_logits.fc", "head.fc")},
+}
+TIMM_CONVNEXT = WeightMap("a timm ConvNeXt", TIMM_CONVNEXT_RULES)
+
+# A CLIP model of open_clip with a timm trunk, `open_clip/timm_model.py`; its text tower in both layouts of the library.
+CLIP_TEXT = Dropped("text tower of CLIP")
+OPEN_CLIP_CONVNEXT = WeightMap(
+    "an open_clip CLIP model with a ConvNeXt trunk",
+    {
+        **{f"visual.trunk.{name}": target for name, target in TIMM_CONVNEXT_RULES.items()},
+        "visual.head.{rest}": Dropped("projection of CLIP's image embedding"),
+        "text.{rest}": CLIP_TEXT,
+        "transformer.{rest}": CLIP_TEXT,
+        **{name: CLIP_TEXT for name in ["positional_embedding", "token_embedding.weight", "text_projection", "attn_mask"]},
+        **{name: CLIP_TEXT for name in _affine("ln_final")},
+        **{name: Dropped("scale of CLIP's contrastive loss") for name in ("logit_scale", "logit_bias")},
+    },
+)
+
+# ConvNextModel into ConvLlavaForConditionalGeneration.
+VISION_TOWER = WeightMap(
+    "a ConvNeXt tower",
+    {
+        **{name: f"model.vision_tower.{name}" for name in CONVNEXT_MAP},
+        **{name: Dropped("norm of the pooled output; the tower's output is its last map") for name in POOLED_NORM},
+    },
+)
+
+LLAMA_LAYER = [
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    *_affine(*(f"self_attn.{projection}_proj" for projection in "qkvo")),
+    *_affine(*(f"mlp.{projection}_proj" for projection in ("gate", "up", "down"))),
+]
+ROTARY_BUFFER = Dropped("buffer, computed from the configuration")
+# nn.Sequential counts the activations between linear layers too: layer n of the original's projector has index 2(n - 1).
+MAX_PROJECTOR_LAYERS = 8
+
+# LlavaLlamaForCausalLM of alibaba/conv-llava, `llava/model/language_model/llava_llama.py`, into
+# ConvLlavaForConditionalGeneration. The vision tower lies in a repository of its own.
+CONVLLAVA = WeightMap(
+    "a released ConvLLaVA language model",
+    {
+        "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "model.norm.weight": "model.language_model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        **{f"model.layers.{{l}}.{leaf}": f"model.language_model.layers.{{l}}.{leaf}" for leaf in LLAMA_LAYER},
+        "model.layers.{l}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER,
+        **dict(zip(_affine("model.mm_projector"), _affine("model.multi_modal_projector.linear_1"))),
+        **{
+            f"model.mm_projector.{2 * n}.{leaf}": f"model.multi_modal_projector.linear_{n + 1}.{leaf}"
+            for n in range(MAX_PROJECTOR_LAYERS)
+            for leaf in ("weight", "bias")
+        },
+    },
+)
+
+
+def build_causal_lm_map(base: str, head: str) -> WeightMap:
+    """Table of any causal language model of transformers into ConvLlavaForConditionalGeneration.
+
+    Args:
+        base: name of the model without its output layer, `base_model_prefix` of its class; `"model"` for Llama.
+        head: name of the output layer; `"lm_head"` for Llama.
+
+    Returns:
+        The table. It checks no more than these two names: the configuration says which weights there are.
+    """
+    return WeightMap(
+        "a causal language model",
+        {
+            f"{base}.{{rest}}": "model.language_model.{rest}",
+            f"{base}.layers.{{l}}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER,
+            **dict(zip(_affine(head), _affine("lm_head"))),
+        },
+    )

@@ -1,0 +1,43 @@
+"""What every test shares: no network, a Hugging Face home of its own, one torch thread per test process."""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+# This file is read before any test imports torch or huggingface_hub, which look at the environment once. The processes
+# of pytest-xdist inherit what the controlling process sets here, and so do the subprocesses that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    HOME = tempfile.TemporaryDirectory(prefix="convllava-hf-tests-")  # removed when the interpreter ends
+    os.environ["HF_HOME"] = HOME.name
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_TOKEN"):
+        os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses connections of this process to other machines, so that no test can come to depend on the network."""
+    connect = socket.socket.connect
+
+    def connect_to_loopback(self: socket.socket, address) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            if address[0] not in ("localhost", "::1") and not address[0].startswith("127."):
+                raise PermissionError(f"a test tried to reach {address}; tests run without a network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of recorded outputs of the original implementations, one subfolder per model family."""
+    return Path(__file__).parent / "reference"

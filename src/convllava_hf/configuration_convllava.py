@@ -90,6 +90,10 @@ class ConvLlavaConfig(PreTrainedConfig):
             Id of the `<image>` placeholder; one placeholder stands for one image token.
         projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
             `"linear"`, or `"mlpNx_gelu"` for N linear layers with GELU between them.
+        vocab_padding (`int`, *optional*, defaults to 0):
+            Number of ids at the end of the vocabulary that stand for no token, because the vocabulary was rounded up.
+            Their scores are set to the lowest number, so they take no probability and are never generated.
+            `resize_token_embeddings` to another size sets this to 0.
         lm_head_bias (`bool`, *optional*):
             Whether the output layer has a bias. Default: what the text model's own causal LM class has.
         tie_word_embeddings (`bool`, *optional*):
@@ -116,6 +120,7 @@ class ConvLlavaConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 32000
     projector_type: str = "mlp2x_gelu"
+    vocab_padding: int = 0
     lm_head_bias: bool | None = None
     tie_word_embeddings: bool | None = None
 
@@ -157,10 +162,16 @@ class ConvLlavaConfig(PreTrainedConfig):
                 "type that AutoModelForCausalLM knows, for example 'llama', 'qwen3', 'phi'. For a multimodal model pass "
                 "its text configuration."
             )
-        if not 0 <= self.image_token_id < text.vocab_size:
+        if not 0 <= self.vocab_padding < text.vocab_size:
             raise ValueError(
-                f"image_token_id={self.image_token_id} is outside the text model's vocabulary of {text.vocab_size}; add "
-                "the '<image>' token to the tokenizer and set text_config.vocab_size to cover it."
+                f"vocab_padding={self.vocab_padding}; expected 0 or more, and less than the text model's vocabulary of "
+                f"{text.vocab_size}."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size - self.vocab_padding:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is outside the text model's vocabulary of {text.vocab_size} ids "
+                f"({self.vocab_padding} of them padding); add the '<image>' token to the tokenizer and set "
+                "text_config.vocab_size to cover it."
             )
 
     def _vision_map(self) -> tuple[int, int]:

@@ -59,7 +59,8 @@ def build_vision_tower(config: ConvLlavaConfig) -> PreTrainedModel:
         and the head of a timm model are identities: they never get a gradient, so DDP would stop at them, and the
         released checkpoints do not hold them.
     """
-    tower = AutoModel.from_config(config.vision_config)
+    # Convolutions have no attention; asking them for the text model's kernel (sdpa, flash) would be refused.
+    tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
     for module in tower.modules():
         module.__class__ = CHECKPOINTED_BLOCKS.get(type(module), type(module))
     if config.vision_config.model_type == "timm_wrapper":
@@ -355,6 +356,14 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Resizes the vocabulary, see `PreTrainedModel`; ids that were padding may then be tokens."""
+        before = self.config.text_config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.text_config.vocab_size != before:
+            self.config.vocab_padding = 0
+        return embeddings
+
     def get_image_features(
         self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -419,6 +428,8 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             logits = logits * self.config.text_logit_scale
         if (softcap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / softcap) * softcap
+        if self.config.vocab_padding:
+            logits[..., -self.config.vocab_padding :] = torch.finfo(logits.dtype).min
 
         loss = None
         if labels is not None:

@@ -103,33 +103,40 @@ class ConvLlavaProcessor(ProcessorMixin):
         factor = kwargs.get("downsampling_factor") or self.image_processor.downsampling_factor
         return self.image_token * ((height // factor) * (width // factor))
 
-    def get_text_with_replacements(self, text, images_replacements=[], videos_replacements=[], audio_replacements=[]):
-        """Expands placeholders; with `chunk_prefix_space` a space follows each image that text follows.
+    def get_text_with_replacements(self, text, *replacements, **kwargs):
+        """Expands placeholders; with `chunk_prefix_space` also puts the leading space of every chunk.
 
-        Also a text that starts with a space gets another one, as SentencePiece adds its own to it while the fast
-        tokenizers do not. The offsets that are returned account for both.
+        A space goes before text that follows an image, and before a text that starts with a space itself: SentencePiece
+        adds its own to such a text, the fast tokenizers do not. The offsets that are returned describe each inserted
+        space as a replacement of the character after it, so a span that starts there includes the space's token.
         """
+        text, offsets = super().get_text_with_replacements(text, *replacements, **kwargs)
         if not self.chunk_prefix_space:
-            return super().get_text_with_replacements(
-                text, images_replacements, videos_replacements, audio_replacements
-            )
-        images_replacements, image = list(images_replacements), 0
-        if images_replacements:
-            for row in text:
-                chunks = row.split(self.image_token)[1:]
-                for chunk in chunks:
-                    if chunk:
-                        images_replacements[image] += " "
-                    image += 1
-        text, offsets = super().get_text_with_replacements(
-            text, images_replacements, videos_replacements, audio_replacements
-        )
-        for row, expanded in enumerate(text):
-            if expanded.startswith((" ", "▁")):
-                text[row] = " " + expanded
-                for entry in offsets[row]:
-                    entry["new_span"] = tuple(position + 1 for position in entry["new_span"])
-                offsets[row].insert(0, {"type": "text", "span": (0, 0), "new_span": (0, 1), "text": "", "replacement": " "})
+            return text, offsets
+        for row, (expanded, entries) in enumerate(zip(text, offsets)):
+            # Each insertion as (position in the text as given, position in the expanded text).
+            insertions = [(0, 0)] if expanded.startswith((" ", "▁")) else []
+            for entry in entries:
+                end = entry["new_span"][1]
+                if end < len(expanded) and not expanded.startswith(self.image_token, end):
+                    insertions.append((entry["span"][1], end))
+            for shift, (given, end) in enumerate(insertions):
+                position = end + shift
+                for entry in entries:
+                    if entry["new_span"][0] >= position:
+                        entry["new_span"] = tuple(edge + 1 for edge in entry["new_span"])
+                character = text[row][position]
+                text[row] = text[row][:position] + " " + text[row][position:]
+                entries.append(
+                    {
+                        "type": "text",
+                        "span": (given, given + 1),
+                        "new_span": (position, position + 2),
+                        "text": character,
+                        "replacement": " " + character,
+                    }
+                )
+            entries.sort(key=lambda entry: entry["span"])
         return text, offsets
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:

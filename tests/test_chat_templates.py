@@ -1,0 +1,113 @@
+"""Chat templates: the prompts of the original code, the marks around answers, and refusals by name."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+TEMPLATES = {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
+    for path in files("convllava_hf").joinpath("chat_templates").iterdir()
+    if path.name.endswith(".jinja")
+}
+IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "What is it?"}
+
+
+def render(name, messages, **kwargs):
+    """The rendered text and the texts of its marked spans."""
+    texts, spans = render_jinja_template(
+        conversations=[messages], chat_template=TEMPLATES[name], return_assistant_tokens_mask=True, **kwargs
+    )
+    return texts[0], [texts[0][start:end] for start, end in spans[0]]
+
+
+def test_the_templates_that_the_package_ships():
+    assert sorted(TEMPLATES) == ["chatml", "plain", "vicuna_v1"]
+
+
+def test_readme_shows_every_template_as_it_renders():
+    readme = files("convllava_hf").joinpath("chat_templates/README.md").read_text(encoding="utf-8")
+    chat = [
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "What is written on the sign?"}]},
+        {"role": "assistant", "content": 'The sign says "OPEN".'},
+        {"role": "user", "content": "Is the door open?"},
+    ]
+    for name in ("vicuna_v1", "chatml"):
+        assert render(name, chat, add_generation_prompt=True)[0].strip() in readme
+    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A checker board of colored squares."}]
+    assert render("plain", caption)[0].strip() in readme
+
+
+def test_vicuna_renders_every_reference_prompt(reference):
+    cases = json.loads((reference / "convllava" / "expected.json").read_text())["cases"]
+    rendered = 0
+    for name, case in cases.items():
+        if case["conv_mode"] != "v1":
+            continue
+        messages = []
+        for question, answer in case["turns"]:
+            messages.append({"role": "user", "content": question})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        assert render("vicuna_v1", messages, add_generation_prompt=True)[0] == case["prompt"], name
+        rendered += 1
+    assert rendered == 7
+
+
+def test_plain_renders_the_reference_prompt(reference):
+    case = json.loads((reference / "convllava" / "expected.json").read_text())["cases"]["plain_prompt"]
+    assert render("plain", [{"role": "user", "content": [IMAGE]}], add_generation_prompt=True)[0] == case["prompt"]
+
+
+@pytest.mark.parametrize(
+    "name, end", [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "\n")], ids=["vicuna_v1", "chatml", "plain"]
+)
+def test_marks_cover_answers_and_the_end_of_the_turn(name, end):
+    turns = [("<image>\nFirst?", "One."), ("Second?", "Two lines.\nHere.")]
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text, marked = render(name, messages)
+    assert [span.lstrip(" ") for span in marked] == [answer + end for _, answer in turns]
+    assert ("First?" in text) == (name != "plain")
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_image_parts_stand_where_they_are(name):
+    as_list = [{"role": "user", "content": [IMAGE, IMAGE, QUESTION]}]
+    as_text = [{"role": "user", "content": "<image>\n<image>\nWhat is it?"}]
+    assert render(name, as_list) == render(name, as_text)
+    between = [{"role": "user", "content": [{"type": "text", "text": "Is "}, IMAGE, {"type": "text", "text": " red?"}]}]
+    assert "Is <image> red?" in render(name, between)[0]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_a_system_message_is_used(name):
+    text, _ = render(name, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert "Be brief." in text and "curious user" not in text
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_unknown_roles_and_parts_are_refused_by_name(name):
+    with pytest.raises(TemplateError, match="robot"):
+        render(name, [{"role": "robot", "content": "Hi"}])
+    with pytest.raises(TemplateError, match="video"):
+        render(name, [{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("text", ["Complete this. ASSISTANT: Sure", "Is </s> a tag?"])
+def test_original_masks_give_up_where_a_message_holds_a_separator(text):
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "Done."}]
+    plain_text, marked = render("vicuna_v1", messages)
+    assert marked == [" Done.</s>"]
+    assert render("vicuna_v1", messages, original_masks=True) == (plain_text, [])
+
+
+def test_every_template_names_its_source():
+    for name, template in TEMPLATES.items():
+        assert template.startswith("{#-"), name
+        assert name in Path(__file__).parent.parent.joinpath("src/convllava_hf/chat_templates/README.md").read_text()

@@ -222,6 +222,18 @@ class ConvLlavaConfig(PreTrainedConfig):
             / getattr(text, "logits_scaling", 1.0)
         )
 
+    def to_dict(self) -> dict:
+        """The configuration as a dictionary; parts keep neither the path they came from nor a dtype equal to the whole's.
+
+        transformers sets both on loading, so a checkpoint would change by being loaded and saved.
+        """
+        output = super().to_dict()
+        for name in self.sub_configs:
+            output[name].pop("_name_or_path", None)
+            if output[name].get("dtype") in (None, output.get("dtype")):
+                output[name].pop("dtype", None)
+        return output
+
     def num_image_tokens(self, height: int, width: int) -> int:
         """Number of image tokens of a processed image.
 

@@ -139,6 +139,12 @@ class ConvLlavaProcessor(ProcessorMixin):
             entries.sort(key=lambda entry: entry["span"])
         return text, offsets
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Saves all parts, see `ProcessorMixin`; how the tokenizer was loaded does not become one of its settings."""
+        for transient in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(transient, None)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Number of image tokens per image, for servers that plan memory before they see pixels.
 

@@ -41,3 +41,13 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def reference() -> Path:
     """The folder of recorded outputs of the original implementations, one subfolder per model family."""
     return Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def converted(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference checkpoint in our format, as `convllava convert` makes it."""
+    from convllava_hf.conversion import convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("converted") / "ConvLLaVA-tiny"
+    convert_checkpoint(reference / "convllava" / "llm", folder, vision_tower=reference / "convllava" / "vision")
+    return folder

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     ("configuration_convllava", "modeling_convllava", "image_processing_convllava", "processing_convllava"),
-    ("weight_maps", "checkpoint_io", "metrics", "data"),
+    ("weight_maps", "checkpoint_io", "sources", "metrics", "data"),
     ("registration", "conversion", "inference", "hub"),
     ("training", "evaluation"),
     ("cli", "demo"),
@@ -29,7 +29,13 @@ HUB_FILES = LAYERS[0]
 COMMANDS = LAYERS[4]
 # Modules of one layer do not import each other, but for the hub files, which travel together, and these pairs (importer
 # first; CONTRIBUTING.md says why).
-SIDEWAYS = {("checkpoint_io", "weight_maps"), ("conversion", "registration"), ("cli", "demo")}
+SIDEWAYS = {
+    ("checkpoint_io", "weight_maps"),
+    ("sources", "weight_maps"),
+    ("sources", "checkpoint_io"),
+    ("conversion", "registration"),
+    ("cli", "demo"),
+}
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are
 # requirements of transformers itself.
 HUB_FILE_PACKAGES = {"torch", "torchvision", "PIL", "transformers", "numpy", "huggingface_hub"}

@@ -1,0 +1,600 @@
+"""Load a checkpoint and ask it about images; shared by the command line, the demo and the evaluation.
+
+Works through the Auto classes, so it serves ConvLLaVA and the models of transformers' own `llava` alike.
+
+Notation: `S` prompt tokens (image tokens included), `H, W` pixels. A chat is a list of messages as transformers' chat
+templates take them: `{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}`.
+"""
+
+import base64
+import binascii
+import importlib.util
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+# The HTTP client that transformers itself fetches images with: its distribution differs between versions.
+from transformers.image_utils import httpx
+from transformers.utils import logging
+
+from . import __version__
+
+
+logger = logging.get_logger(__name__)
+
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+# Longer sides are shrunk to this: square padding of a 65,535 x 1 image would take 13 GB, and models see far less.
+MAX_SIDE = 16384
+DEFAULT_NEW_TOKENS = 512
+# The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.
+UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+ImageSource = str | Path | bytes | Image.Image
+
+
+# ---- images
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message starts with the image's name: its path, URL or kind."""
+
+
+def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
+    """Reads an image from anywhere and makes plain RGB of it.
+
+    The EXIF orientation is applied, transparent pixels become white, 16-bit and floating-point values are scaled to 8
+    bits, and of an animation the first frame counts (of a Pillow image the current one). Sides beyond 16,384 pixels
+    are shrunk to that. The limit on pixels is Pillow's own, `PIL.Image.MAX_IMAGE_PIXELS`; `None` lifts it.
+
+    Args:
+        source: path, `http(s)://` URL, `data:` URI, the bytes of an image file, or a Pillow image (left unchanged).
+        timeout: seconds for a whole download.
+
+    Returns:
+        A new Pillow image of mode RGB, upright.
+
+    Raises:
+        ImageError: the source does not exist, cannot be fetched, is no image, is broken, holds values of an unknown
+            range, or has more pixels than the limit.
+    """
+    name = _name_image(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        file = BytesIO(source)
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        file = BytesIO(_download(source, name, timeout))
+    elif isinstance(source, str) and source.startswith("data:"):
+        file = BytesIO(_decode_data_uri(source, name))
+    elif isinstance(source, str | Path):
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise ImageError(f"{name}: {'this is a folder' if file.is_dir() else 'no such file'}")
+    else:
+        raise ImageError(f"{name}: expected a path, a URL, a data URI, bytes or a Pillow image")
+    try:
+        image = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except PermissionError as error:
+        raise ImageError(f"{name}: permission denied") from error
+    except Exception as error:  # readers of broken headers raise whatever comes of it
+        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+    with image:
+        return _decode(image, name)
+
+
+def _name_image(source) -> str:
+    """What to call an image in a message."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return f"{source[:30]}..."
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"image of {len(source)} bytes"
+    return getattr(source, "filename", "") or f"image of type {type(source).__name__}"
+
+
+def _download(url: str, name: str, timeout: float) -> bytes:
+    """Fetches a URL with limits on time and size; raises ImageError."""
+    deadline = time.monotonic() + timeout
+    data = bytearray()
+    headers = {"User-Agent": f"convllava-hf/{__version__}"}  # some hosts refuse the client's own
+    try:
+        with httpx.stream("GET", url, timeout=timeout, follow_redirects=True, headers=headers) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > MAX_DOWNLOAD_BYTES:
+                    raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; download it and pass the path")
+                if time.monotonic() > deadline:
+                    raise ImageError(f"{name}: the download took longer than {timeout:g} seconds")
+    except httpx.HTTPStatusError as error:
+        raise ImageError(f"{name}: HTTP status {error.response.status_code}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ImageError(f"{name}: cannot be fetched ({error or type(error).__name__})") from error
+    return bytes(data)
+
+
+def _decode_data_uri(uri: str, name: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ImageError(f"{name}: expected data:image/...;base64,...")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"{name}: broken base64 ({error})") from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decodes an opened image, upright and in RGB; raises ImageError."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels are more than the limit of {limit}, a guard against "
+            "decompression bombs; shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        )
+    try:
+        image.load()
+        image = _convert_to_rgb(_turn_upright(image), name)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders of broken data raise whatever comes of it
+        raise ImageError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or repr(error)})") from error
+    if max(image.size) > MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF is common, and says nothing about the pixels
+        return image
+
+
+def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image; Pillow's own conversion would clip deep pixels and show what transparency hides."""
+    if image.mode.startswith(("I", "F")):
+        image = _scale_to_8_bits(image, name)
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey pixels of 16 bits, of integers or of floating point as mode L; raises ImageError for an unknown range."""
+    pixels = np.asarray(image)  # (H, W)
+    low, high = pixels.min(), pixels.max()
+    if image.mode.startswith("I;16"):
+        scale = 255 / 65535
+    elif low >= 0 and high <= (1 if image.mode == "F" else 255):
+        scale = 255 if image.mode == "F" else 1
+    elif low >= 0 and high <= 255:
+        scale = 1
+    elif low >= 0 and high <= 65535:
+        scale = 255 / 65535
+    else:  # negative values, NaN among them, or more than 16 bits
+        raise ImageError(f"{name}: pixel values from {low} to {high}; expected 0 to 1 (floating point), 255 or 65535")
+    return Image.fromarray(np.rint(pixels.astype(np.float32) * scale).astype(np.uint8))
+
+
+# ---- models
+
+
+def load(
+    model: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a model and its processor, ready to answer.
+
+    Args:
+        model: Hub id or path of a checkpoint.
+        device: such as `"cpu"`, `"cuda:1"`, `"mps"`. Default: the GPUs, and the CPU for what does not fit (accelerate
+            places the layers); without a GPU the CPU.
+        dtype: such as `"bfloat16"`. `"auto"` is the checkpoint's own, but float32 on a CPU that lacks it: torch then
+            computes some hundred times slower. (Plain `from_pretrained` does not know that: pass `dtype` there.)
+        quantize: `"4bit"` (nf4) or `"8bit"`, through bitsandbytes; the vision tower, the projector and the output layer
+            stay as they are.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the code in the checkpoint, for models that neither transformers nor this package has.
+
+    Returns:
+        The model in evaluation mode and the processor.
+
+    Raises:
+        ValueError: an unknown device, dtype or quantisation, or a checkpoint in the original LLaVA format.
+        ImportError: bitsandbytes is missing.
+        OSError: no such checkpoint.
+    """
+    if quantize not in (None, "4bit", "8bit"):
+        raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"quantize={quantize!r} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
+    device_map = _choose_device_map(device)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    stored, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    if "mm_vision_tower" in stored:
+        raise ValueError(
+            f"{model} is in the original LLaVA format (config.json names mm_vision_tower); convert it first: "
+            "convllava convert, or convllava_hf.conversion.convert_checkpoint."
+        )
+    dtype = _choose_dtype(dtype, stored, on_cpu=device_map == {"": torch.device("cpu")})
+    processor = AutoProcessor.from_pretrained(model, **source)
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantize == "4bit",
+            load_in_8bit=quantize == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
+            llm_int8_skip_modules=UNQUANTIZED_MODULES,
+        )
+    model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map, **source, **options)
+    return model.eval(), processor
+
+
+def _choose_device_map(device: str | torch.device | None) -> str | dict[str, torch.device]:
+    """`device_map` for transformers; raises ValueError on a device that torch does not know or does not have."""
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        if available is not None and available.type == "cuda":
+            return "auto"
+        return {"": available or torch.device("cpu")}
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}; expected for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    present = ["cpu"]
+    if available is not None:
+        present += [available.type, *(f"{available.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in present:
+        raise ValueError(f"device={str(device)!r} is not present here; torch sees {', '.join(present)}.")
+    return {"": device}
+
+
+def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str | torch.dtype:
+    """The dtype to load in: as asked, as stored (`"auto"`), or float32 for a CPU that lacks the stored one.
+
+    Args:
+        dtype: what the caller asked for.
+        stored: the checkpoint's config.json.
+        on_cpu: whether the whole model runs on the CPU.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise ValueError(f"dtype={dtype!r}; expected 'auto', 'bfloat16', 'float16' or 'float32'.")
+        return named
+    if dtype != "auto" or not on_cpu:
+        return dtype
+    name = stored.get("dtype") or stored.get("torch_dtype")
+    # torch has no public name for this check. It is what torch itself asks before it hands a product to oneDNN;
+    # everywhere else half precision runs through a fallback loop.
+    checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    if name in (None, "float32"):
+        return torch.float32
+    if torch.backends.mkldnn.is_available() and name in checks and getattr(torch.ops.mkldnn, checks[name])():
+        return "auto"
+    logger.warning(f"Loading in float32 instead of {name}: this CPU computes {name} far slower. dtype={name!r} overrides.")
+    return torch.float32
+
+
+# ---- answers
+
+
+@dataclass
+class AnswerStats:
+    """What an answer took. Filled while it is generated.
+
+    Args:
+        prompt_tokens: `S`.
+        image_tokens: how many of them stand for images.
+        new_tokens: tokens generated so far, the end token included.
+        seconds_to_first_token: from the call of `answer` on: loading images, the vision tower, the prompt.
+        seconds: from the call of `answer` to the end.
+        finish_reason: `"stop"` (the model ended), `"length"` (cut at `max_new_tokens`), `"interrupted"`; `None` before
+            the end.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int = 0
+    seconds_to_first_token: float | None = None
+    seconds: float | None = None
+    finish_reason: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token; `None` for less than two tokens."""
+        if self.new_tokens < 2 or self.seconds is None:
+            return None
+        return (self.new_tokens - 1) / max(self.seconds - self.seconds_to_first_token, 1e-9)
+
+
+class AnswerStream(Iterator[str]):
+    """Iterates over the pieces of one answer as soon as they exist. Made by `answer(..., stream=True)`.
+
+    Generation starts with the first `next()` and runs in a thread. `close()`, Ctrl-C in the consumer and dropping the
+    object stop it after the current token. What fails in the thread is raised from `next()`.
+
+    Attributes:
+        text: the answer so far.
+        stats: see [`AnswerStats`].
+        messages: the chat up to here, the question last; see `history`.
+    """
+
+    def __init__(self, pieces: Iterator[str], messages: list[dict], stats: AnswerStats):
+        self._pieces, self.messages, self.stats, self.text = pieces, messages, stats, ""
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    @property
+    def history(self) -> list[dict]:
+        """The chat with the answer so far: the `history` of the next question."""
+        return [*self.messages, make_message("assistant", self.text)]
+
+    def close(self) -> None:
+        """Stops the generation and waits for its thread."""
+        self._pieces.close()
+
+
+class _TextPieces(BaseStreamer):
+    """Cuts generated tokens into text. transformers' own streamers hold each word back until the next one begins.
+
+    White space around the answer is dropped, and half a character waits for its other tokens.
+    """
+
+    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float):
+        self.tokenizer, self.queue, self.stats, self.started = tokenizer, queue, stats, started
+        self.tokens, self.length, self.in_prompt = [], 0, True
+
+    def put(self, value):
+        if self.in_prompt:  # generate() hands over the prompt first
+            self.in_prompt = False
+            return
+        if self.stats.seconds_to_first_token is None:
+            self.stats.seconds_to_first_token = time.perf_counter() - self.started
+        self.tokens += value.flatten().tolist()
+        self.stats.new_tokens = len(self.tokens)
+        self._emit(_decode_tokens(self.tokenizer, self.tokens).rstrip("\N{REPLACEMENT CHARACTER}").rstrip())
+
+    def end(self):
+        self._emit(_decode_tokens(self.tokenizer, self.tokens))
+
+    def _emit(self, text: str):
+        if len(text) > self.length:
+            self.queue.put(text[self.length :])
+            self.length = len(text)
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def _decode_tokens(tokenizer, tokens) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float) -> Iterator[str]:
+    """Runs generate() in a thread and yields its text; closing the generator ends the thread."""
+    queue, stop = SimpleQueue(), Event()
+    criteria = [*(arguments.get("stopping_criteria") or []), _StopWhenSet(stop)]
+    streamer = _TextPieces(tokenizer, queue, stats, started)
+
+    def generate():
+        try:
+            model.generate(**arguments | {"streamer": streamer, "stopping_criteria": criteria})
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+
+    thread = Thread(target=generate, name="convllava-generate", daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        interrupted = thread.is_alive() and item is not None
+        stop.set()
+        thread.join()
+        stats.seconds = time.perf_counter() - started
+        ends = model.generation_config.eos_token_id
+        ended = streamer.tokens and streamer.tokens[-1] in (ends if isinstance(ends, list) else [ends])
+        full = stats.new_tokens >= arguments["max_new_tokens"]
+        stats.finish_reason = "stop" if ended else "length" if full else "interrupted" if interrupted else "stop"
+
+
+def make_message(role: str, text: str, images: Iterable[ImageSource] = ()) -> dict:
+    """One message of a chat, images first.
+
+    Args:
+        role: `"user"`, `"assistant"` or `"system"`.
+        text: what is said.
+        images: what `load_image` takes; they are loaded here.
+
+    Returns:
+        `{"role": ..., "content": [{"type": "image", "image": ...}, ..., {"type": "text", "text": ...}]}`.
+
+    Raises:
+        ImageError: an image cannot be used.
+    """
+    content = [{"type": "image", "image": load_image(image)} for image in images]
+    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    question: str,
+    images: ImageSource | Iterable[ImageSource] = (),
+    history: Iterable[dict] = (),
+    max_new_tokens: int | None = None,
+    stream: bool = False,
+    max_image_tokens: int | None = None,
+    temperature: float = 0.0,
+    **generation_kwargs,
+) -> str | AnswerStream:
+    """Answers a question about images, or about none.
+
+    Args:
+        model, processor: from `load`.
+        question: the text of the question, without image placeholders.
+        images: one image or several, as `load_image` takes them. They go before the question.
+        history: the chat so far, for example a previous stream's `history`; its images are loaded as well.
+        max_new_tokens: longest answer in tokens. Default: 512, or what the model's context leaves.
+        stream: return the answer piece by piece.
+        max_image_tokens: most tokens that one image may take; fewer are faster and see less. With
+            `image_aspect_ratio="native"` this is the budget of each image; otherwise the square (or `size`) that the
+            model was trained with shrinks to the largest that fits. Never enlarges.
+        temperature: 0 takes the most likely token each time; above 0 samples.
+        generation_kwargs: more arguments of `generate()`, such as `top_p`, `num_beams` (not with `stream`).
+
+    Returns:
+        The answer without white space around it, or with `stream` an iterator of its pieces.
+
+    Raises:
+        ImageError: an image cannot be used.
+        ValueError: an empty question, an image placeholder in the text, a negative temperature, a budget that this
+            processor does not support, or a prompt that leaves no room for `max_new_tokens`: nothing is ever cut off.
+    """
+    started = time.perf_counter()
+    if not question.strip():
+        raise ValueError("the question is empty.")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}; expected 0 or more.")
+    images = [images] if isinstance(images, ImageSource | bytearray | memoryview) else images
+    messages = [_load_history(message) for message in history] + [make_message("user", question, images)]
+    inputs = _prepare_inputs(processor, messages, max_image_tokens)
+    stats = AnswerStats(
+        prompt_tokens=inputs["input_ids"].shape[1],
+        image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
+    )
+    arguments = {
+        "max_new_tokens": _choose_new_tokens(model, stats, max_new_tokens),
+        "do_sample": temperature > 0,
+        # The checkpoint's own sampling settings make generate() warn where it does not sample.
+        **({"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}),
+        **generation_kwargs,
+        **inputs.to(model.device, model.dtype),
+    }
+    if stream:
+        return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started), messages, stats)
+    new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)
+    return _decode_tokens(processor.tokenizer, new_tokens)
+
+
+def _load_history(message: dict) -> dict:
+    """A message with its images loaded; `content` may be a string or a list of parts, as for chat templates."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            source = next((part[key] for key in ("image", "url", "path") if key in part), None)
+            part = {"type": "image", "image": load_image(source)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], max_image_tokens: int | None):
+    """Renders, tokenises and processes a chat: one row that ends with the cue for the answer."""
+    for message in messages:
+        if any(processor.image_token in part.get("text", "") for part in message["content"]):
+            raise ValueError(
+                f"the text contains {processor.image_token!r}, which stands for an image; leave it out and pass images "
+                "as images."
+            )
+    settings = {}
+    if max_image_tokens is not None:
+        settings = _limit_image_tokens(processor.image_processor, max_image_tokens)
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": settings} if settings else {},
+    )
+
+
+def _limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
+    """Settings of the image processor under which no image takes more than `max_image_tokens`.
+
+    `native` has such a budget. `pad` and `squash` keep the preprocessing that the model was trained with, at the
+    largest size of the same shape that fits.
+    """
+    if max_image_tokens < 1:
+        raise ValueError(f"max_image_tokens={max_image_tokens}; expected 1 or more.")
+    if not hasattr(image_processor, "num_image_tokens"):
+        raise ValueError(
+            f"max_image_tokens={max_image_tokens} is not supported by {type(image_processor).__name__}: its images have "
+            "a fixed number of tokens."
+        )
+    factor, size = image_processor.downsampling_factor, image_processor.size
+    rows, columns = size["height"] // factor, size["width"] // factor
+    if image_processor.image_aspect_ratio == "native":
+        budget = min(max_image_tokens, image_processor.max_image_tokens or rows * columns)
+        return {"max_image_tokens": budget, "min_image_tokens": min(image_processor.min_image_tokens, budget)}
+    scale = min(1.0, math.sqrt(max_image_tokens / (rows * columns)))
+    shorter = max(1, math.floor(min(rows, columns) * scale + 1e-9))
+    longer = min(math.floor(max(rows, columns) * scale + 1e-9), max_image_tokens // shorter)
+    rows, columns = (shorter, longer) if rows <= columns else (longer, shorter)
+    return {"size": {"height": rows * factor, "width": columns * factor}}
+
+
+def _choose_new_tokens(model: PreTrainedModel, stats: AnswerStats, max_new_tokens: int | None) -> int:
+    """`max_new_tokens`, or the default for `None`; raises ValueError where the context has no room for it."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; expected 1 or more.")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return max_new_tokens or DEFAULT_NEW_TOKENS
+    needed = max_new_tokens or 1
+    if stats.prompt_tokens + needed > context:
+        raise ValueError(
+            f"the prompt has {stats.prompt_tokens} tokens ({stats.image_tokens} of them for images), and with "
+            f"max_new_tokens={needed} that is more than the {context} the model takes. Lower max_image_tokens, pass "
+            "fewer images, shorten the text or the history, or lower max_new_tokens."
+        )
+    return max_new_tokens or min(DEFAULT_NEW_TOKENS, context - stats.prompt_tokens)

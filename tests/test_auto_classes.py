@@ -145,7 +145,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(checkpoint, tmp_path, impor
     )
     names = sorted(path.name for path in checkpoint.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    same, different, errors = filecmp.cmpfiles(checkpoint, tmp_path, names, shallow=False)
+    _, different, errors = filecmp.cmpfiles(checkpoint, tmp_path, names, shallow=False)
     assert (different, errors) == ([], [])
     assert set(HUB_FILES) <= set(names)
 

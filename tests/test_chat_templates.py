@@ -38,7 +38,10 @@ def test_readme_shows_every_template_as_it_renders():
     ]
     for name in ("vicuna_v1", "chatml"):
         assert render(name, chat, add_generation_prompt=True)[0].strip() in readme
-    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A checker board of colored squares."}]
+    caption = [
+        {"role": "user", "content": "<image>"},
+        {"role": "assistant", "content": "A checker board of colored squares."},
+    ]
     assert render("plain", caption)[0].strip() in readme
 
 
@@ -64,7 +67,9 @@ def test_plain_renders_the_reference_prompt(reference):
 
 
 @pytest.mark.parametrize(
-    "name, end", [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "\n")], ids=["vicuna_v1", "chatml", "plain"]
+    "name, end",
+    [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "\n")],
+    ids=["vicuna_v1", "chatml", "plain"],
 )
 def test_marks_cover_answers_and_the_end_of_the_turn(name, end):
     turns = [("<image>\nFirst?", "One."), ("Second?", "Two lines.\nHere.")]

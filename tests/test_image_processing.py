@@ -123,7 +123,7 @@ def test_promised_sizes_are_the_processed_sizes(backend, image_aspect_ratio):
     processor = make(backend, image_aspect_ratio=image_aspect_ratio)
     images = [photo(*size) for size in ((300, 90), (64, 200), (129, 129), (500, 400))]
     outputs = processor(images, return_tensors="pt")
-    for image, size in zip(images, outputs["image_sizes"].tolist()):
+    for image, size in zip(images, outputs["image_sizes"].tolist(), strict=True):
         assert tuple(size) == processor.get_processed_size(image.height, image.width)
         assert processor.num_image_tokens(image.height, image.width) == math.prod(size) // 64**2
     height, width = outputs["image_sizes"].amax(0).tolist()
@@ -134,7 +134,9 @@ def test_images_of_a_batch_equal_images_alone(backend):
     processor = make(backend, image_aspect_ratio="native")
     images = [photo(300, 90, 1), photo(64, 200, 2)]
     outputs = processor(images, return_tensors="pt")
-    for image, pixel_values, (height, width) in zip(images, outputs["pixel_values"], outputs["image_sizes"].tolist()):
+    for image, pixel_values, (height, width) in zip(
+        images, outputs["pixel_values"], outputs["image_sizes"].tolist(), strict=True
+    ):
         alone = processor(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(pixel_values[:, :height, :width], alone)
         assert pixel_values[:, height:].abs().sum() == 0 and pixel_values[:, :, width:].abs().sum() == 0

@@ -72,7 +72,7 @@ def test_features_of_a_mixed_batch_equal_those_of_each_image_alone(model):
     calls = TowerCalls(model)
     together = model.get_image_features(pixel_values, image_sizes).pooler_output
     assert sorted(calls.shapes) == [(1, 3, 128, 64), (1, 3, 192, 192), (2, 3, 64, 128)]
-    for image, (height, width), features in zip(pixel_values, sizes, together):
+    for image, (height, width), features in zip(pixel_values, sizes, together, strict=True):
         alone = model.get_image_features(image[None, :, :height, :width]).pooler_output[0]
         assert features.shape == (height * width // 64**2, 32)
         torch.testing.assert_close(features, alone, rtol=0, atol=1e-6)
@@ -85,7 +85,7 @@ def test_padding_of_the_batch_is_never_read(model):
     pixel_values[0, :, 64:] = float("nan")
     pixel_values[1, :, :, 64:] = float("nan")
     dirty = model.get_image_features(pixel_values, image_sizes).pooler_output
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
 def test_features_are_row_major(model):
@@ -184,7 +184,7 @@ def test_batched_generation_equals_row_by_row(model, options):
     length = batch["input_ids"].shape[1]
     together = model.generate(**batch, **options, max_new_tokens=8, min_new_tokens=8)[:, length:]
     greedy = OPTIONS["beams"] if "num_beams" in options else OPTIONS["greedy"]
-    for row, single in zip(together, singles):
+    for row, single in zip(together, singles, strict=True):
         alone = model.generate(**single, **greedy, max_new_tokens=8, min_new_tokens=8)[0]
         assert row.tolist() == alone[single["input_ids"].shape[1] :].tolist()
 
@@ -199,7 +199,9 @@ def test_generation_encodes_images_once(model):
 def test_samples_of_one_row_see_the_images_of_that_row(model):
     batch, singles = prompts(model)
     torch.manual_seed(0)
-    several = model.generate(**batch, do_sample=True, top_k=1, num_return_sequences=2, max_new_tokens=6, min_new_tokens=6)
+    several = model.generate(
+        **batch, do_sample=True, top_k=1, num_return_sequences=2, max_new_tokens=6, min_new_tokens=6
+    )
     length = batch["input_ids"].shape[1]
     for row, tokens in enumerate(several[:, length:]):
         single = singles[row // 2]

@@ -246,7 +246,10 @@ def test_gradient_norms(original, reference, model, processor, templates):
             assert "vision_tower.layernorm" in name
             continue
         name = name.replace("model.vision_tower.vision_tower.", "model.vision_tower.")
-        for old, new in (("mm_projector.0", "multi_modal_projector.linear_1"), ("mm_projector.2", "multi_modal_projector.linear_2")):
+        for old, new in (
+            ("mm_projector.0", "multi_modal_projector.linear_1"),
+            ("mm_projector.2", "multi_modal_projector.linear_2"),
+        ):
             name = name.replace(old, new)
         if name not in gradients:
             name = name.replace("model.", "model.language_model.", 1)

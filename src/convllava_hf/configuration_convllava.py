@@ -150,17 +150,17 @@ class ConvLlavaConfig(PreTrainedConfig):
     def _validate_projector(self):
         if not PROJECTOR_TYPE.fullmatch(self.projector_type):
             raise ValueError(
-                f"projector_type={self.projector_type!r} is not supported; expected 'linear' or 'mlpNx_gelu' with N >= 1, "
-                "for example 'mlp2x_gelu'."
+                f"projector_type={self.projector_type!r} is not supported; expected 'linear' or 'mlpNx_gelu', "
+                "N >= 1, for example 'mlp2x_gelu'."
             )
 
     def _validate_text(self):
         text = self.text_config
         if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(text, "is_encoder_decoder", False):
             raise ValueError(
-                f"text_config.model_type={text.model_type!r} is not a causal language model of transformers; expected a "
-                "type that AutoModelForCausalLM knows, for example 'llama', 'qwen3', 'phi'. For a multimodal model pass "
-                "its text configuration."
+                f"text_config.model_type={text.model_type!r} is not a causal language model of transformers; expected "
+                "a type that AutoModelForCausalLM knows, for example 'llama', 'qwen3', 'phi'. For a multimodal model "
+                "pass its text configuration."
             )
         if not 0 <= self.vocab_padding < text.vocab_size:
             raise ValueError(
@@ -187,8 +187,8 @@ class ConvLlavaConfig(PreTrainedConfig):
         widths, depths = list(vision.hidden_sizes), list(vision.depths)
         if not len(widths) == len(depths) == vision.num_stages or len(depths) not in (4, 5):
             raise ValueError(
-                f"vision_config has num_stages={vision.num_stages}, {len(depths)} depths and {len(widths)} hidden_sizes; "
-                "expected four or five of each."
+                f"vision_config has num_stages={vision.num_stages}, {len(depths)} depths and {len(widths)} hidden_sizes; expected "
+                " four or five of each."
             )
         stem = DINOV3_STEM_STRIDE if vision.model_type == "dinov3_convnext" else vision.patch_size
         if not isinstance(stem, int):
@@ -214,7 +214,7 @@ class ConvLlavaConfig(PreTrainedConfig):
 
     @property
     def text_logit_scale(self) -> float:
-        """Factor on the logits that the text model's own causal LM class applies (Cohere, Granite, Falcon-H1), else 1."""
+        """Factor on the logits in the text model's own causal LM class (Cohere, Granite, Falcon-H1), else 1."""
         text = self.text_config
         return (
             getattr(text, "logit_scale", 1.0)
@@ -223,7 +223,7 @@ class ConvLlavaConfig(PreTrainedConfig):
         )
 
     def to_dict(self) -> dict:
-        """The configuration as a dictionary; parts keep neither the path they came from nor a dtype equal to the whole's.
+        """The configuration as a dictionary; parts keep neither the path they came from nor the dtype of the whole.
 
         transformers sets both on loading, so a checkpoint would change by being loaded and saved.
         """
@@ -249,8 +249,8 @@ class ConvLlavaConfig(PreTrainedConfig):
         factor = self.downsampling_factor
         if height <= 0 or width <= 0 or height % factor or width % factor:
             raise ValueError(
-                f"an image of {height}x{width} pixels cannot be split into cells of {factor}x{factor}; expected positive "
-                f"multiples of {factor}, as ConvLlavaImageProcessor gives."
+                f"an image of {height}x{width} pixels cannot be split into cells of {factor}x{factor}; expected "
+                f"positive multiples of {factor}, as ConvLlavaImageProcessor gives."
             )
         return (height // factor) * (width // factor)
 

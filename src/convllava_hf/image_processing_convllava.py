@@ -3,8 +3,8 @@
 
 Notation: `H, W` height and width in pixels, `F` downsampling factor, one image token per cell of `F x F` pixels.
 
-Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`expand2square`, `process_images`): paste on a
-square of colour `int(mean * 255)`, resize (bicubic), scale by 1/255, normalise.
+Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`expand2square`, `process_images`): paste on
+a square of colour `int(mean * 255)`, resize (bicubic), scale by 1/255, normalise.
 """
 
 import math
@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageType, PILImageResampling, SizeDict, get_image_type
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageType,
+    PILImageResampling,
+    SizeDict,
+    get_image_type,
+)
 from transformers.processing_utils import ImagesKwargs
 
 
@@ -62,8 +69,8 @@ def get_native_size(
     """
     if min(height, width) < 1 or max(height, width) > MAX_SIDE_RATIO * min(height, width):
         raise ValueError(
-            f"an image of {height}x{width} pixels (height x width) has sides more than {MAX_SIDE_RATIO}:1 apart; crop it, "
-            "or use image_aspect_ratio='pad'."
+            f"an image of {height}x{width} pixels (height x width) has sides more than {MAX_SIDE_RATIO}:1 apart; crop "
+            "it, or use image_aspect_ratio='pad'."
         )
     if not 1 <= min_tokens <= max_tokens:
         raise ValueError(

@@ -1,8 +1,8 @@
 # Copyright 2026 The convllava-hf authors. Licensed under the Apache License, Version 2.0.
 """ConvLLaVA: a hierarchical vision tower, an MLP projector and a causal language model.
 
-Notation: `B` rows of text, `S` tokens per row, `I` images in the batch (over all rows, in reading order), `H, W` pixels,
-`F` downsampling factor, `N = (H / F) * (W / F)` tokens of an image, `C` width of the tower's last map, `D` width of the
+Notation: `B` rows of text, `S` tokens per row, `I` images in the batch (over all rows, in reading order), `H, W`
+pixels, `F` downsampling factor, `N = (H / F) * (W / F)` tokens of an image, `C` width of the tower's last map, `D` width of the
 language model, `V` vocabulary.
 
 Source of the original behaviour: alibaba/conv-llava, `llava/model/multimodal_encoder/convnext_encoder.py` (the last
@@ -199,7 +199,11 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
                 number of sizes that is not the number of images.
         """
         full = tuple(pixel_values.shape[-2:])
-        sizes = [full] * len(pixel_values) if image_sizes is None else [tuple(s) for s in torch.as_tensor(image_sizes).tolist()]
+        sizes = (
+            [full] * len(pixel_values)
+            if image_sizes is None
+            else [tuple(s) for s in torch.as_tensor(image_sizes).tolist()]
+        )
         if len(sizes) != len(pixel_values):
             raise ValueError(
                 f"image_sizes has {len(sizes)} entries for {len(pixel_values)} images in pixel_values; expected one "
@@ -227,7 +231,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         features, projected = [None] * len(sizes), [None] * len(sizes)
         for (height, width), members in groups.items():
             group, _ = self._encode(pixel_values[members, :, :height, :width])
-            for index, feature, embedding in zip(members, group, self.multi_modal_projector(group)):
+            for index, feature, embedding in zip(members, group, self.multi_modal_projector(group), strict=True):
                 features[index], projected[index] = feature, embedding
         return BaseModelOutputWithPooling(last_hidden_state=torch.cat(features), pooler_output=tuple(projected))
 
@@ -255,9 +259,11 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         num_placeholders = mask.sum()
         torch_compilable_check(
             num_placeholders == image_features.shape[0],
-            lambda: f"Image features and image tokens do not match: {num_placeholders} placeholders with id "
-            f"{self.config.image_token_id} in the text, {image_features.shape[0]} features from the images. Prepare "
-            "text and images with one call of the processor, and do not cut its input_ids.",
+            lambda: (
+                f"Image features and image tokens do not match: {num_placeholders} placeholders with id "
+                f"{self.config.image_token_id} in the text, {image_features.shape[0]} features from the images. "
+                "Prepare text and images with one call of the processor, and do not cut its input_ids."
+            ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)  # (B, S, 1)
 
@@ -406,8 +412,14 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
 
         >>> model = AutoModelForImageTextToText.from_pretrained("my-convllava")
         >>> processor = AutoProcessor.from_pretrained("my-convllava")
-        >>> chat = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is it?"}]}]
-        >>> inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> content = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is it?"}]
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": content}],
+        ...     add_generation_prompt=True,
+        ...     tokenize=True,
+        ...     return_dict=True,
+        ...     return_tensors="pt",
+        ... )
         >>> output = model.generate(**inputs, max_new_tokens=32)
         >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```"""
@@ -467,8 +479,8 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         tokens_per_image = [self.config.num_image_tokens(int(height), int(width)) for height, width in sizes]
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError(
-                "inputs_embeds with pixel_values cannot be repeated for beams or several samples: which image belongs to "
-                "which row is read off input_ids. Pass input_ids."
+                "inputs_embeds with pixel_values cannot be repeated for beams or several samples: which image belongs "
+                "to which row is read off input_ids. Pass input_ids."
             )
         order, image = [], 0
         for tokens_in_row in (input_ids == self.config.image_token_id).sum(-1).tolist():

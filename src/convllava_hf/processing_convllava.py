@@ -1,8 +1,8 @@
 # Copyright 2026 The convllava-hf authors. Licensed under the Apache License, Version 2.0.
 """Processor of ConvLLaVA: one call prepares text and images.
 
-Notation: `B` rows of text, `S` tokens per row, `I` images in the batch in reading order, `H, W` pixels, `F` downsampling
-factor of the vision tower.
+Notation: `B` rows of text, `S` tokens per row, `I` images in the batch in reading order, `H, W` pixels, `F`
+downsampling factor of the vision tower.
 
 Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`tokenizer_image_token`): the text is
 tokenised chunk by chunk between images, so SentencePiece puts its leading space before every chunk.
@@ -93,8 +93,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             kept = sum(token != self.tokenizer.pad_token_id for token in kept)
             if kept < len(full):
                 logger.warning(
-                    f"row {row} was cut from {len(full)} to {kept} tokens on the {self.tokenizer.truncation_side}; a prompt "
-                    "cut on the right has lost the cue for the answer. Shorten the text or raise max_length."
+                    f"row {row} was cut from {len(full)} to {kept} tokens on the {self.tokenizer.truncation_side}; a "
+                    "prompt cut on the right has lost the cue for the answer. Shorten the text or raise max_length."
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -113,7 +113,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         text, offsets = super().get_text_with_replacements(text, *replacements, **kwargs)
         if not self.chunk_prefix_space:
             return text, offsets
-        for row, (expanded, entries) in enumerate(zip(text, offsets)):
+        for row, (expanded, entries) in enumerate(zip(text, offsets, strict=True)):
             # Each insertion as (position in the text as given, position in the expanded text).
             insertions = [(0, 0)] if expanded.startswith((" ", "▁")) else []
             for entry in entries:

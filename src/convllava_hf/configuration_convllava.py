@@ -187,8 +187,8 @@ class ConvLlavaConfig(PreTrainedConfig):
         widths, depths = list(vision.hidden_sizes), list(vision.depths)
         if not len(widths) == len(depths) == vision.num_stages or len(depths) not in (4, 5):
             raise ValueError(
-                f"vision_config has num_stages={vision.num_stages}, {len(depths)} depths and {len(widths)} hidden_sizes; expected "
-                " four or five of each."
+                f"vision_config has num_stages={vision.num_stages}, {len(depths)} depths and {len(widths)} "
+                "hidden_sizes; expected four or five of each."
             )
         stem = DINOV3_STEM_STRIDE if vision.model_type == "dinov3_convnext" else vision.patch_size
         if not isinstance(stem, int):

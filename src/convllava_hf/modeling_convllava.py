@@ -2,8 +2,8 @@
 """ConvLLaVA: a hierarchical vision tower, an MLP projector and a causal language model.
 
 Notation: `B` rows of text, `S` tokens per row, `I` images in the batch (over all rows, in reading order), `H, W`
-pixels, `F` downsampling factor, `N = (H / F) * (W / F)` tokens of an image, `C` width of the tower's last map, `D` width of the
-language model, `V` vocabulary.
+pixels, `F` downsampling factor, `N = (H / F) * (W / F)` tokens of an image, `C` width of the tower's last map, `D`
+width of the language model, `V` vocabulary.
 
 Source of the original behaviour: alibaba/conv-llava, `llava/model/multimodal_encoder/convnext_encoder.py` (the last
 stage's map, row-major, no final norm, no class token) and `llava/model/llava_arch.py` (features replace the

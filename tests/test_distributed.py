@@ -1,0 +1,74 @@
+"""Training steps on two processes (gloo, CPU), one of whose batches has no image."""
+
+import json
+import subprocess
+import sys
+
+
+WORKER = '''
+import json
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import ConvNextConfig, LlamaConfig
+from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+IMAGES = {"input_ids": torch.tensor([[1, 63, 5, 6, 7]]), "pixel_values": torch.ones(1, 3, 64, 64)}
+TEXT = {"input_ids": torch.tensor([[1, 8, 9, 10, 11]])}
+
+def build(frozen):
+    torch.manual_seed(0)
+    config = ConvLlavaConfig(
+        vision_config=ConvNextConfig(num_stages=5, depths=[1] * 5, hidden_sizes=[8, 8, 8, 8, 16]),
+        text_config=LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                num_attention_heads=2, pad_token_id=0),
+        image_token_id=63,
+    )
+    model = ConvLlavaForConditionalGeneration(config).train()
+    model.model.vision_tower.requires_grad_(not frozen)
+    return model
+
+def compute_loss(model, batch):
+    return model(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == 63, -100)).loss
+
+def compare(kind, frozen):
+    # The mean of the losses in one process, which is what averaging gradients over two ranks gives.
+    single = build(frozen)
+    (sum(compute_loss(single, batch) for batch in (IMAGES, TEXT)) / 2).backward()
+    expected = {name: p.grad for name, p in single.named_parameters() if p.requires_grad}
+    model = build(frozen)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)  # without find_unused_parameters: it must not be needed
+    else:
+        for module in (*model.model.language_model.layers, model.model.vision_tower, model.model.multi_modal_projector):
+            fully_shard(module)
+        wrapped = fully_shard(model)
+    for step in range(2):  # DDP reports an unused parameter of one step in the next
+        wrapped.zero_grad()
+        compute_loss(wrapped, IMAGES if rank == 0 else TEXT).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+    return max((gradients[name] - expected[name]).abs().max().item() for name in expected)
+
+results = {
+    f"{kind} {name}": compare(kind, name == "frozen") for kind in ("ddp", "fsdp2") for name in ("trained", "frozen")
+}
+if rank == 0:
+    print(json.dumps(results))
+dist.destroy_process_group()
+'''
+
+
+def test_one_rank_without_images(tmp_path):
+    """DDP and FSDP2, tower trained and frozen: gradients are the mean of those of the two batches in one process."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads(result.stdout.strip().splitlines()[-1])
+    assert len(results) == 4 and max(results.values()) < 1e-6

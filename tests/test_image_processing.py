@@ -142,6 +142,17 @@ def test_images_of_a_batch_equal_images_alone(backend):
         assert pixel_values[:, height:].abs().sum() == 0 and pixel_values[:, :, width:].abs().sum() == 0
 
 
+def test_paths_give_upright_pixels_in_both_backends(tmp_path):
+    image = photo(300, 200)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    for backend in BACKENDS.values():
+        processor = make(backend)
+        from_path = processor(str(tmp_path / "turned.png"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(from_path, processor(image.rotate(-90, expand=True), return_tensors="pt")["pixel_values"])
+
+
 # ---- refusals
 
 

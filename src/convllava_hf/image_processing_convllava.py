@@ -215,6 +215,13 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         kwargs: see [`ConvLlavaImageProcessorKwargs`] and transformers' `ImagesKwargs`.
     """
 
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths and URLs with Pillow, upright by their EXIF orientation: both backends then see the same pixels.
+
+        torchvision's decoder, which the base class would use, ignores the orientation and most formats.
+        """
+        return super(TorchvisionBackend, self).fetch_images(image_url_or_urls)
+
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, device=None, **kwargs) -> torch.Tensor:
         """Makes a `(3, H, W)` tensor of an image. Pillow images keep their interleaved memory layout: resizing such
         `uint8` tensors is several times faster than planar ones."""

@@ -65,7 +65,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor of the output: name, shape and dtype, known beforehand, and `load()`, which makes it when its turn comes."""
+    """A tensor of the output: name, shape and dtype, known beforehand, and `load()`, which makes it in its turn."""
 
     name: str
     shape: tuple[int, ...]
@@ -121,7 +121,9 @@ def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     names = sorted(set(index.values()))
     for name in names:
         if Path(name).name != name:
-            raise ConversionError(f"{found} names the file {name!r}; expected a file beside it. Do not use this checkpoint.")
+            raise ConversionError(
+                f"{found} lists the file {name!r}; expected one beside it. Do not use this checkpoint."
+            )
         if not (folder / name).is_file():
             raise ConversionError(f"{folder / name} is missing; {found.name} lists it. Get the missing shard.")
     return [folder / name for name in names], index
@@ -158,8 +160,8 @@ class CheckpointReader:
             self.close()
         if missing := [name for name in index if name not in self.tensors]:
             raise ConversionError(
-                f"{index[missing[0]]} does not hold {missing[0]!r}, which the index lists ({len(missing)} such tensors); "
-                "the shards are of different versions or damaged. Get the repository again."
+                f"{index[missing[0]]} does not hold {missing[0]!r}, which the index lists ({len(missing)} such "
+                "tensors); the shards are of different versions or damaged. Get the repository again."
             )
 
     def _open(self, path: Path):
@@ -207,8 +209,8 @@ def _open_safetensors(path: Path):
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConversionError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated or damaged; get "
-            "it again."
+            f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated or damaged; "
+            "get it again."
         ) from error
 
 
@@ -227,21 +229,21 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ConversionError(
             f"{described} asks for {repr(asked[1]) if asked else 'something that is no tensor'} when it is unpickled; "
-            "expected tensors only. It was refused and nothing in it ran. Do not load it with other tools; get the weights "
-            "as safetensors, or from their authors."
+            "expected tensors only. It was refused and nothing in it ran. Do not load it with other tools; get the "
+            "weights as safetensors, or from their authors."
         ) from None
     except Exception as error:  # errors of the zip reader and of tensors have no common base
         raise ConversionError(
-            f"{described} cannot be read: {str(error).splitlines()[0].split('. ')[0]}. It is truncated or damaged; get it "
-            "again."
+            f"{described} cannot be read: {str(error).splitlines()[0].split('. ')[0]}. It is truncated or damaged; "
+            "get it again."
         ) from error
     if not isinstance(content, dict) or not content:
         raise ConversionError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors by name.")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ConversionError(
-                f"{path} holds {name!r}: {type(tensor).__name__}; expected tensors by name. If this is a training state, "
-                "use the weights inside it."
+                f"{path} holds {name!r}: {type(tensor).__name__}; expected tensors by name. If this is a training "
+                "state, use the weights inside it."
             )
     return content
 
@@ -254,7 +256,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
     if not match or int(match[1]) < 1:
-        raise ConversionError(f"size {size!r} is not understood; expected a number of bytes, or such as '5GB' or '500MB'.")
+        raise ConversionError(f"size {size!r}; expected a number of bytes, or such as '5GB' or '500MB'.")
     return int(match[1]) * 1000 ** ["B", "KB", "MB", "GB", "TB"].index((match[2] or "B").upper())
 
 
@@ -308,9 +310,9 @@ def write_checkpoint(
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     index = {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
-        "weight_map": {tensor.name: name for name, shard in zip(names, shards) for tensor in shard},
+        "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
-    written = [_write_safetensors(folder / name, shard, progress) for name, shard in zip(names, shards)]
+    written = [_write_safetensors(folder / name, shard, progress) for name, shard in zip(names, shards, strict=True)]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return written
 
@@ -344,8 +346,8 @@ def _write_safetensors(path: Path, tensors: list[TensorToWrite], progress: tqdm 
             loaded = tensor.load()
             if tuple(loaded.shape) != tensor.shape or loaded.dtype != tensor.dtype:
                 raise ConversionError(
-                    f"{tensor.name!r} came as {tuple(loaded.shape)} {loaded.dtype}; expected {tensor.shape} {tensor.dtype}. "
-                    "The source changed while it was read; convert it again."
+                    f"{tensor.name!r} came as {tuple(loaded.shape)} {loaded.dtype}; expected {tensor.shape} "
+                    f"{tensor.dtype}. The source changed while it was read; convert it again."
                 )
             if loaded.numel():
                 write(memoryview(loaded.contiguous().reshape(-1).view(torch.uint8).numpy()))
@@ -380,8 +382,8 @@ def stage_output(output: Path, num_bytes: int, force: bool) -> Iterator[Path]:
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes + SPARE_BYTES:
             raise ConversionError(
-                f"{output.parent} has {free / 1e9:.2f} GB free; expected {(num_bytes + SPARE_BYTES) / 1e9:.2f} GB. Free some "
-                "space or choose another --output."
+                f"{output.parent} has {free / 1e9:.2f} GB free; expected {(num_bytes + SPARE_BYTES) / 1e9:.2f} GB. "
+                "Free some space or choose another --output."
             )
         staging.mkdir()
         yield staging
@@ -419,9 +421,9 @@ def check_output(output: Path, force: bool):
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
-        raise ConversionError(f"{output} exists; it is not overwritten. Choose another --output, or pass --force to replace it.")
+        raise ConversionError(f"{output} exists. Choose another --output, or pass --force to replace it.")
     if not (output / "config.json").is_file():
         raise ConversionError(
-            f"{output} is not the folder of a model (it has no config.json); --force does not replace it. Choose another "
-            "--output, or delete it yourself."
+            f"{output} is not the folder of a model (it has no config.json), so --force does not replace it. Choose "
+            "another --output, or delete it yourself."
         )

@@ -1,8 +1,8 @@
 """Names of weights: for each original family a table from its names to those of the model it becomes.
 
-Notation: a rule is `template: target`. In a template, `{x}` stands for one integer and reaches the target under the same
-name; `{rest}` stands for whatever follows. A target is a name or [`Dropped`] with the reason. A rule without `{rest}`
-goes before one with it; otherwise exactly one rule must match a name, so the order of the rules never matters.
+Notation: a rule is `template: target`. In a template, `{x}` stands for one integer, which reaches the target under the
+same name, and `{rest}` for whatever follows. A target is a name, or [`Dropped`] with the reason. A rule without
+`{rest}` goes before one with it; else exactly one rule must match a name, so the order of the rules never matters.
 """
 
 import re
@@ -23,7 +23,7 @@ class Dropped:
 def _compile(template: str) -> re.Pattern:
     parts = re.split(r"\{(\w+)\}", template)
     pattern = re.escape(parts[0])
-    for field, literal in zip(parts[1::2], parts[2::2]):
+    for field, literal in zip(parts[1::2], parts[2::2], strict=True):
         pattern += f"(?P<{field}>{'.+' if field == 'rest' else '[0-9]+'}){re.escape(literal)}"
     return re.compile(pattern)
 
@@ -62,15 +62,18 @@ class WeightMap:
                 match, target = found[0]
                 return target if isinstance(target, Dropped) else target.format(**match.groupdict())
         raise ConversionError(
-            f"unknown weight {name!r}; expected names of {self.kind}, such as {next(iter(self.rules))!r}. If it belongs "
-            "to a module that was added to the model, remove it from the checkpoint; otherwise check that this is the "
-            "right repository."
+            f"unknown weight {name!r}; expected names of {self.kind}, such as {next(iter(self.rules))!r}. Check that "
+            "this is the right repository. If the weight belongs to a module that was added to the model, remove it."
         )
 
 
 def _affine(*modules: str) -> list[str]:
     """`m.weight` and `m.bias` for each module."""
     return [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+
+
+def _pair(names: list[str], targets: list[str]) -> dict[str, str]:
+    return dict(zip(names, targets, strict=True))
 
 
 # transformers' ConvNextModel; the tower of ConvLLaVA has the same names behind `model.vision_tower.`.
@@ -95,32 +98,30 @@ CONVNEXT = WeightMap(
         **CONVNEXT_MAP,
         **POOLED_NORM,
         **{f"convnext.{name}": target for name, target in {**CONVNEXT_MAP, **POOLED_NORM}.items()},
-        **{name: CLASSIFIER for name in _affine("classifier")},
+        **dict.fromkeys(_affine("classifier"), CLASSIFIER),
     },
 )
 
-# timm's ConvNeXt, `timm/models/convnext.py`, to ConvNextModel. `head.norm` normalises the pooled map, as `layernorm` does.
+# timm's ConvNeXt, `timm/models/convnext.py`, into ConvNextModel. `head.norm` is the norm of the pooled map.
 TIMM_CONVNEXT_RULES = {
-    **dict(zip(_affine("stem.0", "stem.1"), _affine("embeddings.patch_embeddings", "embeddings.layernorm"))),
-    **dict(
-        zip(
-            _affine("stages.{s}.downsample.0", "stages.{s}.downsample.1"),
-            _affine("encoder.stages.{s}.downsampling_layer.0", "encoder.stages.{s}.downsampling_layer.1"),
-        )
+    **_pair(_affine("stem.0", "stem.1"), _affine("embeddings.patch_embeddings", "embeddings.layernorm")),
+    **_pair(
+        _affine("stages.{s}.downsample.0", "stages.{s}.downsample.1"),
+        _affine("encoder.stages.{s}.downsampling_layer.0", "encoder.stages.{s}.downsampling_layer.1"),
     ),
     **{
         f"stages.{{s}}.blocks.{{l}}.{leaf}": f"encoder.stages.{{s}}.layers.{{l}}.{target}"
-        for leaf, target in zip(
+        for leaf, target in _pair(
             [*_affine("conv_dw", "norm", "mlp.fc1", "mlp.fc2"), "gamma"],
             [*_affine("dwconv", "layernorm", "pwconv1", "pwconv2"), "layer_scale_parameter"],
-        )
+        ).items()
     },
-    **dict(zip(_affine("head.norm"), _affine("layernorm"))),
-    **{name: CLASSIFIER for name in _affine("head.pre_logits.fc", "head.fc")},
+    **_pair(_affine("head.norm"), _affine("layernorm")),
+    **dict.fromkeys(_affine("head.pre_logits.fc", "head.fc"), CLASSIFIER),
 }
 TIMM_CONVNEXT = WeightMap("a timm ConvNeXt", TIMM_CONVNEXT_RULES)
 
-# A CLIP model of open_clip with a timm trunk, `open_clip/timm_model.py`; its text tower in both layouts of the library.
+# A CLIP model of open_clip with a timm trunk, `open_clip/timm_model.py`; the text tower in both of its layouts.
 CLIP_TEXT = Dropped("text tower of CLIP")
 OPEN_CLIP_CONVNEXT = WeightMap(
     "an open_clip CLIP model with a ConvNeXt trunk",
@@ -129,9 +130,9 @@ OPEN_CLIP_CONVNEXT = WeightMap(
         "visual.head.{rest}": Dropped("projection of CLIP's image embedding"),
         "text.{rest}": CLIP_TEXT,
         "transformer.{rest}": CLIP_TEXT,
-        **{name: CLIP_TEXT for name in ["positional_embedding", "token_embedding.weight", "text_projection", "attn_mask"]},
-        **{name: CLIP_TEXT for name in _affine("ln_final")},
-        **{name: Dropped("scale of CLIP's contrastive loss") for name in ("logit_scale", "logit_bias")},
+        **dict.fromkeys(["positional_embedding", "token_embedding.weight", "text_projection"], CLIP_TEXT),
+        **dict.fromkeys(_affine("ln_final"), CLIP_TEXT),
+        **dict.fromkeys(["logit_scale", "logit_bias"], Dropped("scale of CLIP's contrastive loss")),
     },
 )
 
@@ -140,7 +141,7 @@ VISION_TOWER = WeightMap(
     "a ConvNeXt tower",
     {
         **{name: f"model.vision_tower.{name}" for name in CONVNEXT_MAP},
-        **{name: Dropped("norm of the pooled output; the tower's output is its last map") for name in POOLED_NORM},
+        **dict.fromkeys(POOLED_NORM, Dropped("norm of the pooled output; the tower's output is its last map")),
     },
 )
 
@@ -151,7 +152,7 @@ LLAMA_LAYER = [
     *_affine(*(f"mlp.{projection}_proj" for projection in ("gate", "up", "down"))),
 ]
 ROTARY_BUFFER = Dropped("buffer, computed from the configuration")
-# nn.Sequential counts the activations between linear layers too: layer n of the original's projector has index 2(n - 1).
+# nn.Sequential counts the activations in between: the original's n-th linear layer has index 2(n - 1).
 MAX_PROJECTOR_LAYERS = 8
 
 # LlavaLlamaForCausalLM of alibaba/conv-llava, `llava/model/language_model/llava_llama.py`, into
@@ -164,7 +165,7 @@ CONVLLAVA = WeightMap(
         "lm_head.weight": "lm_head.weight",
         **{f"model.layers.{{l}}.{leaf}": f"model.language_model.layers.{{l}}.{leaf}" for leaf in LLAMA_LAYER},
         "model.layers.{l}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER,
-        **dict(zip(_affine("model.mm_projector"), _affine("model.multi_modal_projector.linear_1"))),
+        **_pair(_affine("model.mm_projector"), _affine("model.multi_modal_projector.linear_1")),
         **{
             f"model.mm_projector.{2 * n}.{leaf}": f"model.multi_modal_projector.linear_{n + 1}.{leaf}"
             for n in range(MAX_PROJECTOR_LAYERS)
@@ -189,6 +190,6 @@ def build_causal_lm_map(base: str, head: str) -> WeightMap:
         {
             f"{base}.{{rest}}": "model.language_model.{rest}",
             f"{base}.layers.{{l}}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER,
-            **dict(zip(_affine(head), _affine("lm_head"))),
+            **_pair(_affine(head), _affine("lm_head")),
         },
     )

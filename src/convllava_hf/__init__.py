@@ -18,6 +18,11 @@ _HOMES = {
     "ConvLlavaImageProcessorPil": "image_processing_convllava",
     "ConvLlavaModel": "modeling_convllava",
     "ConvLlavaProcessor": "processing_convllava",
+    "ImageError": "inference",
+    "answer": "inference",
+    "load": "inference",
+    "load_image": "inference",
+    "make_message": "inference",
 }
 __all__ = sorted(_HOMES)
 

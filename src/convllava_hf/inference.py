@@ -124,7 +124,7 @@ def _download(url: str, name: str, timeout: float) -> bytes:
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > MAX_DOWNLOAD_BYTES:
-                    raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; download it and pass the path")
+                    raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; pass a path")
                 if time.monotonic() > deadline:
                     raise ImageError(f"{name}: the download took longer than {timeout:g} seconds")
     except httpx.HTTPStatusError as error:
@@ -234,6 +234,12 @@ def load(
         ImportError: bitsandbytes is missing.
         OSError: no such checkpoint.
     """
+    # The Hub's own message about a path would be that it is no valid repository name.
+    local = Path(model).expanduser()
+    if local.is_absolute() or str(model).startswith("."):
+        if not local.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(local)!r}.")
+        model = local
     if quantize not in (None, "4bit", "8bit"):
         raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
@@ -250,11 +256,13 @@ def load(
     processor = AutoProcessor.from_pretrained(model, **source)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if quantize:
+        # One line for each layer and token, about a cast that is meant.
+        logging.get_logger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantize == "4bit",
             load_in_8bit=quantize == "8bit",
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
+            bnb_4bit_compute_dtype=_get_stored_dtype(stored) if dtype == "auto" else dtype,
             llm_int8_skip_modules=UNQUANTIZED_MODULES,
         )
     model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map, **source, **options)
@@ -280,6 +288,11 @@ def _choose_device_map(device: str | torch.device | None) -> str | dict[str, tor
     return {"": device}
 
 
+def _get_stored_dtype(stored: dict) -> str | None:
+    """The dtype that a config.json names, under its old or its new key."""
+    return stored.get("dtype") or stored.get("torch_dtype")
+
+
 def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str | torch.dtype:
     """The dtype to load in: as asked, as stored (`"auto"`), or float32 for a CPU that lacks the stored one.
 
@@ -298,7 +311,7 @@ def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str |
         return named
     if dtype != "auto" or not on_cpu:
         return dtype
-    name = stored.get("dtype") or stored.get("torch_dtype")
+    name = _get_stored_dtype(stored)
     # torch has no public name for this check. It is what torch itself asks before it hands a product to oneDNN;
     # everywhere else half precision runs through a fallback loop.
     checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
@@ -306,7 +319,7 @@ def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str |
         return torch.float32
     if torch.backends.mkldnn.is_available() and name in checks and getattr(torch.ops.mkldnn, checks[name])():
         return "auto"
-    logger.warning(f"Loading in float32 instead of {name}: this CPU computes {name} far slower. dtype={name!r} overrides.")
+    logger.warning(f"Loading in float32 instead of {name}, which this CPU lacks and computes far slower.")
     return torch.float32
 
 
@@ -323,8 +336,8 @@ class AnswerStats:
         new_tokens: tokens generated so far, the end token included.
         seconds_to_first_token: from the call of `answer` on: loading images, the vision tower, the prompt.
         seconds: from the call of `answer` to the end.
-        finish_reason: `"stop"` (the model ended), `"length"` (cut at `max_new_tokens`), `"interrupted"`; `None` before
-            the end.
+        finish_reason: `"stop"` (the model ended), `"length"` (cut at `max_new_tokens`) or `"interrupted"` (by the
+            consumer or an error); `None` before the end.
     """
 
     prompt_tokens: int
@@ -415,7 +428,7 @@ def _decode_tokens(tokenizer, tokens) -> str:
 
 def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float) -> Iterator[str]:
     """Runs generate() in a thread and yields its text; closing the generator ends the thread."""
-    queue, stop = SimpleQueue(), Event()
+    queue, stop, item = SimpleQueue(), Event(), ""
     criteria = [*(arguments.get("stopping_criteria") or []), _StopWhenSet(stop)]
     streamer = _TextPieces(tokenizer, queue, stats, started)
 
@@ -434,14 +447,16 @@ def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, starte
                 raise item
             yield item
     finally:
-        interrupted = thread.is_alive() and item is not None
         stop.set()
         thread.join()
         stats.seconds = time.perf_counter() - started
-        ends = model.generation_config.eos_token_id
-        ended = streamer.tokens and streamer.tokens[-1] in (ends if isinstance(ends, list) else [ends])
-        full = stats.new_tokens >= arguments["max_new_tokens"]
-        stats.finish_reason = "stop" if ended else "length" if full else "interrupted" if interrupted else "stop"
+        if item is not None:
+            stats.finish_reason = "interrupted"
+        else:
+            ends = model.generation_config.eos_token_id
+            cut = stats.new_tokens >= arguments["max_new_tokens"]
+            cut = cut and streamer.tokens[-1] not in (ends if isinstance(ends, list) else [ends])
+            stats.finish_reason = "length" if cut else "stop"
 
 
 def make_message(role: str, text: str, images: Iterable[ImageSource] = ()) -> dict:
@@ -568,8 +583,8 @@ def _limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
         raise ValueError(f"max_image_tokens={max_image_tokens}; expected 1 or more.")
     if not hasattr(image_processor, "num_image_tokens"):
         raise ValueError(
-            f"max_image_tokens={max_image_tokens} is not supported by {type(image_processor).__name__}: its images have "
-            "a fixed number of tokens."
+            f"max_image_tokens={max_image_tokens} is not supported by {type(image_processor).__name__}: its images "
+            "have a fixed number of tokens."
         )
     factor, size = image_processor.downsampling_factor, image_processor.size
     rows, columns = size["height"] // factor, size["width"] // factor
@@ -590,11 +605,11 @@ def _choose_new_tokens(model: PreTrainedModel, stats: AnswerStats, max_new_token
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return max_new_tokens or DEFAULT_NEW_TOKENS
-    needed = max_new_tokens or 1
-    if stats.prompt_tokens + needed > context:
+    if stats.prompt_tokens + (max_new_tokens or 1) > context:
+        answer = f"max_new_tokens={max_new_tokens}" if max_new_tokens else "an answer"
         raise ValueError(
-            f"the prompt has {stats.prompt_tokens} tokens ({stats.image_tokens} of them for images), and with "
-            f"max_new_tokens={needed} that is more than the {context} the model takes. Lower max_image_tokens, pass "
-            "fewer images, shorten the text or the history, or lower max_new_tokens."
+            f"the prompt has {stats.prompt_tokens} tokens ({stats.image_tokens} of them for images), which leaves no "
+            f"room for {answer}: the model takes {context} together. Lower max_image_tokens or max_new_tokens, pass "
+            "fewer images, or shorten the text or the history."
         )
     return max_new_tokens or min(DEFAULT_NEW_TOKENS, context - stats.prompt_tokens)

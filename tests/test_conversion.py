@@ -418,7 +418,12 @@ def test_open_clip_tower(parts, tmp_path):
     report = convert_checkpoint(tmp_path / "clip", tmp_path / "tower")
     plain = convert_checkpoint(parts / "timm", tmp_path / "plain")
     assert report.content["files"][0]["sha256"] == plain.content["files"][0]["sha256"]
-    assert report.content["counts"]["dropped"] == 3
+    assert report.content["dropped"] == {
+        "text tower of CLIP": 1,
+        "projection of CLIP's image embedding": 1,
+        "scale of CLIP's contrastive loss": 1,
+    }
+    assert "1: text tower of CLIP" in report.summary()
     settings = json.loads((report.output / "preprocessor_config.json").read_text())
     assert settings["crop_size"] == {"height": 320, "width": 320}
     assert settings["image_mean"] == [0.48145466, 0.4578275, 0.40821073]
@@ -499,6 +504,8 @@ def test_init_without_a_new_stage(parts, tmp_path):
     config = AutoConfig.from_pretrained(report.output)
     assert (config.downsampling_factor, config.projector_type) == (32, "mlp3x_gelu")
     assert config.num_image_tokens(128, 128) == 16
+    model = AutoModelForImageTextToText.from_pretrained(report.output, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert report.content["counts"]["initialised"] == 6
 
 
@@ -516,6 +523,7 @@ def test_init_with_tied_embeddings_and_spare_rows(parts, tmp_path):
     processor = AutoProcessor.from_pretrained(report.output)
     assert not processor.chunk_prefix_space
     assert "<|im_start|>" in processor.chat_template
+    assert processor.tokenizer.chat_template == processor.chat_template
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(report.output).eos_token_id == [0, end]
 
@@ -640,6 +648,11 @@ def truncate_safetensors(broken):
     path.with_name("model.safetensors").write_bytes(data[:-100])
 
 
+def quantise(broken):
+    weights = {"embeddings.patch_embeddings.weight": torch.ones(8).to(torch.float8_e4m3fn)}
+    save_file(weights, broken / "vision/model.safetensors")
+
+
 def remove_shard(broken):
     (broken / "llm/pytorch_model-00001-of-00002.bin").unlink()
 
@@ -757,6 +770,7 @@ BAD_INPUT = [
     (truncate_shard, r"pytorch_model-00001-of-00002\.bin \(200000 bytes\) cannot be read.*truncated or damaged"),
     (empty_shard, r"\(0 bytes\) is not in the zip format"),
     (truncate_safetensors, "cannot be read as safetensors.*truncated or damaged"),
+    (quantise, "as F8_E4M3; expected one of F64, F32.*not quantised"),
     (remove_shard, r"pytorch_model-00001-of-00002\.bin is missing; pytorch_model\.bin\.index\.json lists it"),
     (remove_weights, "has no weights; expected one of model.safetensors"),
     (hide_code, r"asks for '(posix|nt)\.system' when it is unpickled.*nothing in it ran"),

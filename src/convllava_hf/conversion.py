@@ -93,6 +93,8 @@ class ConversionReport:
             lines.append(f"  from     {source['role']}: {source['name']}{revision}")
         counts = ", ".join(f"{number} {action}" for action, number in content["counts"].items() if number)
         lines.append(f"  tensors  {counts}")
+        for reason, number in content["dropped"].items():
+            lines.append(f"  dropped  {number}: {reason}")
         if vocabulary := content.get("vocabulary"):
             added = ", ".join(f"{token} = {number}" for token, number in vocabulary["added"].items()) or "no new token"
             lines.append(f"  words    {vocabulary['rows_before']} -> {vocabulary['rows_after']} rows; {added}")
@@ -228,18 +230,20 @@ def init_model(
         ConversionError: as for [`convert_checkpoint`]; also parts that do not fit together.
     """
     writer = _Writer(output, dtype, max_shard_size, force)
+    stage = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", add_stage or "1x1")
+    if not stage:
+        raise ConversionError(f"add_stage={add_stage!r}; expected BLOCKSxWIDTH, for example '6x3072'.")
+    if chat_template is not None:
+        _read_chat_template(chat_template)
     fix = "Pass --vision and --text with a Hub id or a folder each."
     tower = read_tower(find_source(vision, vision_revision, "vision tower", fix))
     fresh = ["model.multi_modal_projector."]
     if add_stage is not None:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", add_stage)
-        if not match:
-            raise ConversionError(f"add_stage={add_stage!r}; expected BLOCKSxWIDTH, for example '6x3072'.")
         fresh.append(f"model.vision_tower.encoder.stages.{tower.config.num_stages}.")
         values = {key: getattr(tower.config, key) for key in CONVNEXT_CONFIG_KEYS}
         values["num_stages"] += 1
-        values["depths"] = [*tower.config.depths, int(match[1])]
-        values["hidden_sizes"] = [*tower.config.hidden_sizes, int(match[2])]
+        values["depths"] = [*tower.config.depths, int(stage[1])]
+        values["hidden_sizes"] = [*tower.config.hidden_sizes, int(stage[2])]
         tower.config = ConvNextConfig(**values)
     tower.config.image_size = resolution
 
@@ -425,7 +429,7 @@ def _add_tokens(language: LanguageModel) -> Vocabulary:
             f"the tokenizer of {source.name} has {num_words} tokens and its embeddings {name!r} have {rows} rows; "
             "expected a row for each token. The tokenizer is not of this model: get both again."
         )
-    named = set(tokenizer.special_tokens_map.values()) if tokenizer.special_tokens_map else set()
+    named = {str(token) for token in tokenizer.special_tokens_map.values()}
     others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
     tokenizer.add_special_tokens({"additional_special_tokens": [*others, IMAGE_TOKEN]})
     # Where padding is the unknown word or the end of a text, these would be ignored where they are meant.
@@ -437,6 +441,13 @@ def _add_tokens(language: LanguageModel) -> Vocabulary:
     return Vocabulary((language.embeddings, "lm_head.weight", "lm_head.bias"), num_words, added, rows, rows_after)
 
 
+def _read_chat_template(name: str) -> str:
+    templates = {path.stem: path for path in CHAT_TEMPLATES.glob("*.jinja")}
+    if name not in templates:
+        raise ConversionError(f"chat_template={name!r}; expected one of {', '.join(sorted(templates))}.")
+    return templates[name].read_text(encoding="utf-8")
+
+
 def _build_configs(
     tower: Tower,
     language: LanguageModel,
@@ -445,10 +456,9 @@ def _build_configs(
     image_size: int,
     chat_template: str,
 ) -> tuple[ConvLlavaConfig, GenerationConfig, ConvLlavaProcessor]:
-    if not (CHAT_TEMPLATES / f"{chat_template}.jinja").is_file():
-        names = ", ".join(sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja")))
-        raise ConversionError(f"chat_template={chat_template!r}; expected one of {names}.")
     tokenizer, text_config = language.tokenizer, language.config
+    # The tokenizer and the processor keep their template in one file.
+    tokenizer.chat_template = _read_chat_template(chat_template)
     text_config.vocab_size = vocabulary.rows_after
     text_config.pad_token_id = tokenizer.pad_token_id
     try:
@@ -473,9 +483,9 @@ def _build_configs(
     processor = ConvLlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        chat_template=(CHAT_TEMPLATES / f"{chat_template}.jinja").read_text(encoding="utf-8"),
+        chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
-        chunk_prefix_space=tokenizer.tokenize("a")[0].startswith("\u2581"),  # SentencePiece's leading space
+        chunk_prefix_space="".join(tokenizer.tokenize("a")).startswith("\u2581"),  # SentencePiece's leading space
     )
     # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
     # `max_length`, which warns beside every `max_new_tokens`.
@@ -526,7 +536,8 @@ def _write_model(
         fresh=lambda name: (lambda: _make_fresh(model, name, content["seed"])) if name.startswith(fresh) else None,
         tied=tied,
     )
-    config.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
     config.architectures = [ConvLlavaForConditionalGeneration.__name__]
 
     def save(folder: Path):
@@ -540,7 +551,7 @@ def _write_model(
         """Loads what was saved, from the files alone, and compares the parts with each other."""
         saved = ConvLlavaConfig.from_pretrained(folder)
         with torch.device("meta"):
-            _check_stored(folder, *_list_shapes(ConvLlavaForConditionalGeneration(saved), saved))
+            _check_stored(folder, ConvLlavaForConditionalGeneration(saved), saved)
         loaded = ConvLlavaProcessor.from_pretrained(folder)
         ids = {token: loaded.tokenizer.convert_tokens_to_ids(token) for token in vocabulary.added}
         for what, found, expected in (
@@ -594,13 +605,15 @@ def _write_tower(writer: "_Writer", tower: Tower) -> ConversionReport:
     def check(folder: Path) -> list[str]:
         saved = ConvNextConfig.from_pretrained(folder)
         with torch.device("meta"):
-            _check_stored(folder, *_list_shapes(ConvNextModel(saved), saved))
+            _check_stored(folder, ConvNextModel(saved), saved)
         return ["ConvNextModel has exactly these tensors"]
 
     return writer.write({"kind": "vision tower"}, [tower.source], tensors, records, save, check)
 
 
-def _check_stored(folder: Path, shapes: dict[str, tuple[int, ...]], tied: Sequence[str]):
+def _check_stored(folder: Path, model: nn.Module, config: ConvLlavaConfig | ConvNextConfig):
+    """Compares names and shapes of what was saved with those of a model that the saved configuration describes."""
+    shapes, _ = _list_shapes(model, config)
     stored = {name: tensor.shape for name, tensor in CheckpointReader(folder).tensors.items()}
     if stored != shapes:
         wrong = sorted(name for name in {*stored, *shapes} if stored.get(name) != shapes.get(name))
@@ -671,6 +684,7 @@ class _Writer:
                 "dtype": "dtypes as stored" if self.dtype is None else _name(self.dtype),
                 "sources": hashed,
                 "counts": {"read": num_read, **{key: actions[key] for key in ACTIONS}, "written": len(tensors)},
+                "dropped": dict(Counter(record["reason"] for record in records if record["action"] == "dropped")),
                 "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in files],
                 "checks": ["files read back with the hashes of what was written", *check(folder)],
                 "seconds": round(time.monotonic() - self.started, 3),

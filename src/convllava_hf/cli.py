@@ -1,4 +1,4 @@
-"""The command line: `convllava ask` and `convllava chat`.
+"""The command line: `convllava ask`, `chat`, `convert` and `init`.
 
 Heavy imports happen inside the commands, so that `convllava --help` answers at once. Answers go to stdout; progress,
 warnings and errors go to stderr. Exit codes: 0 done, 1 the machine failed, 2 something about the input is wrong, 130
@@ -233,6 +233,110 @@ def chat(
                 if not interactive:
                     raise
                 print_error(error)
+
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make.", show_default=False)
+]
+StoredDtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
+ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file; also bounds the memory.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output folder that holds a model.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hub id or folder.", show_default=False)],
+    *,
+    output: OutputOption,
+    vision_tower: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Hub id or folder of the tower. [default: as SOURCE says]")
+    ] = None,
+    dtype: StoredDtypeOption = "auto",
+    revision: RevisionOption = None,
+    vision_revision: Annotated[str | None, typer.Option(metavar="NAME", help="The same, of the tower.")] = None,
+    max_shard_size: ShardOption = "5GB",
+    force: ForceOption = False,
+):
+    """Convert a released ConvLLaVA checkpoint, or a vision tower alone, exactly.
+
+    Streams the weights into safetensors, adds the image token, writes everything that belongs to a checkpoint, and
+    reads it back. Every tensor of the source is accounted for in DIR/conversion_report.json.
+
+    \b
+    Examples:
+      convllava convert ConvLLaVA/ConvLLaVA-sft-1536 --output ConvLLaVA-sft-1536-hf
+      convllava convert ./llm --vision-tower ./vision --dtype float16 --output converted
+      convllava convert ConvLLaVA/LAION-CLIP-ConvNeXt-Large-512 --output tower
+    """
+    with report_errors():
+        from .conversion import convert_checkpoint
+        from .registration import register
+
+        register()
+        report = convert_checkpoint(
+            source,
+            output,
+            vision_tower=vision_tower,
+            revision=revision,
+            vision_revision=vision_revision,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            force=force,
+        )
+        print(report.summary())
+
+
+@app.command()
+def init(
+    *,
+    vision: Annotated[str, typer.Option(metavar="SOURCE", help="Tower: Hub id or folder.", show_default=False)],
+    text: Annotated[str, typer.Option(metavar="SOURCE", help="Causal language model: Hub id or folder.")],
+    resolution: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the square images.", show_default=False)],
+    output: OutputOption,
+    add_stage: Annotated[
+        str | None, typer.Option(metavar="BLOCKSxWIDTH", help="A fresh stage behind the tower's last, such as 6x3072.")
+    ] = None,
+    projector_type: Annotated[str, typer.Option(metavar="NAME", help="mlpNx_gelu or linear.")] = "mlp2x_gelu",
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="vicuna_v1, chatml or plain. [default: what the tokenizer fits]")
+    ] = None,
+    dtype: StoredDtypeOption = "auto",
+    vision_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the tower.")] = None,
+    text_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the language model.")] = None,
+    max_shard_size: ShardOption = "5GB",
+    force: ForceOption = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the fresh weights.")] = 0,
+):
+    """Build a new model from a tower and a language model, ready for the first training stage.
+
+    The projector, and a stage added to the tower, have fresh weights.
+
+    \b
+    Example:
+      convllava init --vision ConvLLaVA/LAION-CLIP-ConvNeXt-Large-512 --text Qwen/Qwen3-0.6B \\
+          --resolution 1536 --add-stage 6x3072 --output my-convllava
+    """
+    with report_errors():
+        from .conversion import init_model
+        from .registration import register
+
+        register()
+        report = init_model(
+            vision,
+            text,
+            output,
+            resolution=resolution,
+            add_stage=add_stage,
+            projector_type=projector_type,
+            chat_template=chat_template,
+            vision_revision=vision_revision,
+            text_revision=text_revision,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            force=force,
+            seed=seed,
+        )
+        print(report.summary())
 
 
 @contextmanager

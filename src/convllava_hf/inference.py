@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -219,7 +220,7 @@ def load(
         device: such as `"cpu"`, `"cuda:1"`, `"mps"`. Default: the GPUs, and the CPU for what does not fit (accelerate
             places the layers); without a GPU the CPU.
         dtype: such as `"bfloat16"`. `"auto"` is the checkpoint's own, but float32 on a CPU that lacks it: torch then
-            computes some hundred times slower. (Plain `from_pretrained` does not know that: pass `dtype` there.)
+            computes hundreds of times slower. (Plain `from_pretrained` does not know that: pass `dtype` there.)
         quantize: `"4bit"` (nf4) or `"8bit"`, through bitsandbytes; the vision tower, the projector and the output layer
             stay as they are.
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
@@ -246,7 +247,10 @@ def load(
         raise ImportError(f"quantize={quantize!r} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
     device_map = _choose_device_map(device)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    stored, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    except OSError as error:
+        raise OSError(f"cannot load {str(model)!r}: {error}") from error  # without a network it names no model
     if "mm_vision_tower" in stored:
         raise ValueError(
             f"{model} is in the original LLaVA format (config.json names mm_vision_tower); convert it first: "
@@ -315,9 +319,9 @@ def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str |
     # torch has no public name for this check. It is what torch itself asks before it hands a product to oneDNN;
     # everywhere else half precision runs through a fallback loop.
     checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
-    if name in (None, "float32"):
+    if name is None:
         return torch.float32
-    if torch.backends.mkldnn.is_available() and name in checks and getattr(torch.ops.mkldnn, checks[name])():
+    if name not in checks or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, checks[name])()):
         return "auto"
     logger.warning(f"Loading in float32 instead of {name}, which this CPU lacks and computes far slower.")
     return torch.float32
@@ -454,7 +458,7 @@ def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, starte
             stats.finish_reason = "interrupted"
         else:
             ends = model.generation_config.eos_token_id
-            cut = stats.new_tokens >= arguments["max_new_tokens"]
+            cut = stats.new_tokens >= arguments["generation_config"].max_new_tokens
             cut = cut and streamer.tokens[-1] not in (ends if isinstance(ends, list) else [ends])
             stats.finish_reason = "length" if cut else "stop"
 
@@ -509,12 +513,15 @@ def answer(
 
     Raises:
         ImageError: an image cannot be used.
-        ValueError: an empty question, an image placeholder in the text, a negative temperature, a budget that this
-            processor does not support, or a prompt that leaves no room for `max_new_tokens`: nothing is ever cut off.
+        ValueError: an empty or undecodable question, an image placeholder in the text, a negative temperature, a budget
+            that this processor does not support, or a prompt that leaves no room for `max_new_tokens`: nothing is ever
+            cut off.
     """
     started = time.perf_counter()
     if not question.strip():
         raise ValueError("the question is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in question):  # how Python reads broken bytes
+        raise ValueError("the question is not valid UTF-8 text.")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; expected 0 or more.")
     images = [images] if isinstance(images, ImageSource | bytearray | memoryview) else images
@@ -524,14 +531,14 @@ def answer(
         prompt_tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
     )
-    arguments = {
-        "max_new_tokens": _choose_new_tokens(model, stats, max_new_tokens),
-        "do_sample": temperature > 0,
-        # The checkpoint's own sampling settings make generate() warn where it does not sample.
-        **({"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}),
-        **generation_kwargs,
-        **inputs.to(model.device, model.dtype),
-    }
+    config = GenerationConfig(
+        max_new_tokens=_choose_new_tokens(model, stats, max_new_tokens),
+        do_sample=temperature > 0,
+        # Without sampling, generate() warns about any sampling settings of the checkpoint that are not neutral.
+        **({"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
+    )
+    arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
+    arguments |= {"generation_config": config, **inputs.to(model.device, model.dtype)}
     if stream:
         return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started), messages, stats)
     new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)

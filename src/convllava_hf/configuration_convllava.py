@@ -5,6 +5,7 @@ Notation: `H, W` height and width in pixels; `F` downsampling factor of the towe
 `(H / F) * (W / F)` tokens; `C` width of the tower's last stage.
 """
 
+import inspect
 import json
 import re
 from functools import lru_cache
@@ -12,7 +13,7 @@ from functools import lru_cache
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 
 # The released tower: ConvNeXt-L of LAION CLIP with a fifth stage of six blocks (paper, section 3.2).
@@ -26,6 +27,8 @@ RELEASED_VISION_TOWER = {
 SUPPORTED_VISION_TOWERS = ("convnext", "convnextv2", "dinov3_convnext", "timm_wrapper")
 # These families build their output layer with a bias and have no configuration field that says so.
 TEXT_MODELS_WITH_HEAD_BIAS = ("codegen", "ctrl", "gptj", "phi")
+# These families keep what they have read in a cache of their own, where `past_key_values` does not reach.
+TEXT_MODELS_WITH_OWN_CACHE = ("minimax", "recurrent_gemma")
 PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]\d*)x_gelu")
 # Where transformers finds the classes in a checkpoint's own code files.
 AUTO_MAP = {
@@ -156,11 +159,16 @@ class ConvLlavaConfig(PreTrainedConfig):
 
     def _validate_text(self):
         text = self.text_config
-        if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(text, "is_encoder_decoder", False):
+        if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(text, "vocab_size"):
             raise ValueError(
                 f"text_config.model_type={text.model_type!r} is not a causal language model of transformers; expected "
                 "a type that AutoModelForCausalLM knows, for example 'llama', 'qwen3', 'phi'. For a multimodal model "
                 "pass its text configuration."
+            )
+        if obstacle := self._find_text_obstacle():
+            raise ValueError(
+                f"text_config.model_type={text.model_type!r} is not supported: {obstacle}. Expected a decoder that "
+                "takes embeddings and ends in one linear layer, for example 'llama', 'qwen3', 'phi'."
             )
         if not 0 <= self.vocab_padding < text.vocab_size:
             raise ValueError(
@@ -173,6 +181,28 @@ class ConvLlavaConfig(PreTrainedConfig):
                 f"({self.vocab_padding} of them padding); add the '<image>' token to the tokenizer and set "
                 "text_config.vocab_size to cover it."
             )
+
+    def _find_text_obstacle(self) -> str | None:
+        """What keeps the text model from running behind our output layer as it does behind its own; None if nothing.
+
+        Read off its classes, not off an instance: nothing is built.
+        """
+        text = self.text_config
+        if getattr(text, "is_encoder_decoder", False):
+            return "it has an encoder"
+        if "lm_head.weight" not in (MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._tied_weights_keys or {}):
+            return "its output layer is not a linear layer named lm_head"
+        headless = MODEL_MAPPING.get(type(text), None)
+        inputs = inspect.signature(headless.forward).parameters if headless else {}
+        if not {"inputs_embeds", "past_key_values"}.issubset(inputs) or "decoder_input_ids" in inputs:
+            return "without its output layer it is no decoder that takes inputs_embeds and past_key_values"
+        if text.model_type in TEXT_MODELS_WITH_OWN_CACHE:
+            return "it has a cache of its own"
+        if text.model_type == "falcon_h1":
+            return "it scales embeddings only where it looks them up itself"
+        if getattr(text, "hidden_size_per_layer_input", None):
+            return "its layers read token ids (hidden_size_per_layer_input), which images do not have"
+        return None
 
     def _vision_map(self) -> tuple[int, int]:
         """Width `C` and downsampling factor `F` of the tower's last map; raises ValueError on an unsupported tower."""
@@ -214,20 +244,20 @@ class ConvLlavaConfig(PreTrainedConfig):
 
     @property
     def text_logit_scale(self) -> float:
-        """Factor on the logits in the text model's own causal LM class (Cohere, Granite, Falcon-H1), else 1."""
+        """Factor on the logits in the text model's own causal LM class (Cohere, Granite, HyperCLOVA X), else 1."""
         text = self.text_config
-        return (
-            getattr(text, "logit_scale", 1.0)
-            * getattr(text, "lm_head_multiplier", 1.0)
-            / getattr(text, "logits_scaling", 1.0)
-        )
+        if text.model_type.startswith("cohere"):
+            return text.logit_scale or 1.0
+        if text.model_type == "hyperclovax":
+            return text.logits_scaling
+        return 1.0 / getattr(text, "logits_scaling", 1.0)
 
-    def to_dict(self) -> dict:
-        """The configuration as a dictionary; parts keep neither the path they came from nor the dtype of the whole.
+    def to_diff_dict(self) -> dict:
+        """What config.json gets; parts keep neither the path they came from nor the dtype of the whole.
 
         transformers sets both on loading, so a checkpoint would change by being loaded and saved.
         """
-        output = super().to_dict()
+        output = super().to_diff_dict()
         for name in self.sub_configs:
             output[name].pop("_name_or_path", None)
             if output[name].get("dtype") in (None, output.get("dtype")):

@@ -276,7 +276,12 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         side = self.config.downsampling_factor
         channels = getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
+        # Batch norms (of some timm towers) refuse to train on one cell, and must not learn from a blank.
+        modes = {module: module.training for module in self.vision_tower.modules()}
+        self.vision_tower.eval()
         features, _ = self._encode(blank)
+        for module, mode in modes.items():
+            module.training = mode
         return self.multi_modal_projector(features).sum() * 0.0
 
     @can_return_tuple
@@ -343,7 +348,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
 class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
     """ConvLLaVA with the output layer of its language model: generation and training."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # of most text models
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ConvLlavaConfig):
@@ -351,6 +356,11 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         self.model = ConvLlavaModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        # Text models differ in how they name their embeddings (embed_tokens, wte, embed_in).
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self._is_stateful = self.model.language_model._is_stateful  # Mamba's layers cannot take tokens back
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -8,7 +8,10 @@ Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`toke
 tokenised chunk by chunk between images, so SentencePiece puts its leading space before every chunk.
 """
 
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
 
@@ -59,7 +62,12 @@ class ConvLlavaProcessor(ProcessorMixin):
         self.chunk_prefix_space = chunk_prefix_space
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, **kwargs: Unpack[ConvLlavaProcessorKwargs]):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[ConvLlavaProcessorKwargs],
+    ) -> BatchFeature:
         """Prepares text and images for the model.
 
         Args:
@@ -143,7 +151,10 @@ class ConvLlavaProcessor(ProcessorMixin):
         """Saves all parts, see `ProcessorMixin`; how the tokenizer was loaded does not become one of its settings."""
         for transient in ("is_local", "local_files_only"):
             self.tokenizer.init_kwargs.pop(transient, None)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # transformers leaves this on what it saves and takes it off what it loads; so they would differ.
+        vars(self).pop("auto_map", None)
+        return saved
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Number of image tokens per image, for servers that plan memory before they see pixels.

@@ -1,0 +1,156 @@
+"""Causal language models of transformers behind the tower: their own logits, images, caches, tied weights, refusals."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, ConvNextConfig
+
+from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
+
+
+IMAGE = 5
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+# What a family does after or around its layers is set so that leaving it out shows.
+TEXT_MODELS = {
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": {**GROUPED, "tie_word_embeddings": True},
+    "qwen3": {**GROUPED, "head_dim": 8, "tie_word_embeddings": True},
+    "smollm3": GROUPED,
+    "olmo2": GROUPED,
+    "phi": {**GROUPED, "partial_rotary_factor": 0.5},  # a bias in the output layer
+    "phi3": GROUPED,
+    "stablelm": {**GROUPED, "use_qkv_bias": True},
+    "gemma2": {
+        **GROUPED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 2.0,
+        "sliding_window": 4,
+    },
+    "gemma3_text": {**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "granite": {**GROUPED, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {**GROUPED, "logit_scale": 0.3},
+    "hyperclovax": {**GROUPED, "logits_scaling": 3.0},
+    "minicpm3": {
+        **SIZES,
+        "dim_model_base": 8,  # logits divided by 32 / 8
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {**SIZES, "tie_word_embeddings": True},  # embeddings named embed_in
+    "gpt2": {**SIZES, "n_inner": 48},  # tied, embeddings named wte
+    "bloom": SIZES,  # no positions; tied, embeddings named word_embeddings
+}
+TIED = ("bloom", "cohere", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "minicpm3", "qwen2", "qwen3", "smollm3")
+
+
+def build_config(text: str) -> ConvLlavaConfig:
+    """A configuration with a tiny four-stage tower (32 pixels a token) and the text model of that type."""
+    vision = ConvNextConfig(depths=[1] * 4, hidden_sizes=[8, 8, 16, 24], layer_scale_init_value=1.0)
+    text_config = AutoConfig.for_model(text, **TEXT_MODELS[text])
+    return ConvLlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMAGE)
+
+
+@pytest.fixture(params=TEXT_MODELS)
+def text(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(text: str) -> ConvLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    model = ConvLlavaForConditionalGeneration(build_config(text)).eval()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    """Two rows of 10 tokens, none of them special."""
+    return torch.randint(6, 96, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def image_inputs(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The rows with an image of 64 x 64 pixels each, four tokens."""
+    input_ids = input_ids.clone()
+    input_ids[:, 2:6] = IMAGE
+    pixel_values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
+
+
+@torch.no_grad()
+def test_text_alone_gives_the_logits_of_the_models_own_class(text, model, input_ids):
+    own = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    own.base_model.load_state_dict(model.model.language_model.state_dict())
+    own.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    expected = own(input_ids).logits
+    assert expected.std() > 0.02
+    torch.testing.assert_close(model(input_ids=input_ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_reach_the_text_and_the_cache_changes_nothing(model, image_inputs):
+    logits = model(**image_inputs).logits
+    other = model(**{**image_inputs, "pixel_values": image_inputs["pixel_values"].flip(0)}).logits
+    assert torch.equal(logits[:, :2], other[:, :2])  # what comes before the image
+    assert not torch.allclose(logits[:, 6:], other[:, 6:], atol=1e-4)
+
+    # Random weights may well generate the placeholder, which stands for an image that does not exist.
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+    cached = model.generate(**image_inputs, **settings)
+    assert cached.shape == (2, 16)
+    assert torch.equal(cached, model.generate(**image_inputs, **settings, use_cache=False))
+
+
+@torch.no_grad()
+def test_weights_and_their_ties_survive_saving(text, model, image_inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, report = ConvLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(loaded(**image_inputs).logits, model(**image_inputs).logits)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    for instance in (model, loaded):
+        assert (instance.lm_head.weight is instance.get_input_embeddings().weight) == (text in TIED)
+    assert ("lm_head.weight" in saved) == (text not in TIED)
+
+
+@pytest.mark.parametrize(
+    "text, obstacle",
+    [
+        ({"model_type": "bert"}, "output layer"),
+        ({"model_type": "roberta"}, "output layer"),
+        ({"model_type": "mamba"}, "past_key_values"),
+        ({"model_type": "bart"}, "encoder"),
+        ({"model_type": "bart", "is_encoder_decoder": False}, "past_key_values"),
+        ({"model_type": "minimax"}, "cache of its own"),
+        ({"model_type": "recurrent_gemma"}, "cache of its own"),
+        ({"model_type": "falcon_h1"}, "scales embeddings"),
+        ({"model_type": "gemma3n_text"}, "token ids"),
+        ({"model_type": "t5"}, "not a causal language model"),
+        ({"model_type": "vit"}, "not a causal language model"),
+        ({"model_type": "gemma3"}, "pass its text configuration"),
+    ],
+)
+def test_text_models_that_would_run_wrongly_are_refused(text, obstacle):
+    with pytest.raises(ValueError, match=f"'{text['model_type']}'.*{obstacle}"):
+        ConvLlavaConfig(text_config=text, image_token_id=IMAGE)

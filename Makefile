@@ -95,7 +95,7 @@ ifeq ($(INSTALLER),pip)
 	$(VENV)/bin/python -m pip install -e '.[$(EXTRAS)]'
 else
 	$(call get_uv,$(VENV))
-	$(VENV)/bin/python -m uv pip install --python $(VENV)/bin/python -e '.[$(EXTRAS)]' || { \
+	$(VENV)/bin/python -m uv pip install --compile-bytecode --python $(VENV)/bin/python -e '.[$(EXTRAS)]' || { \
 	  echo "uv could not install the package (see above). uv does not read pip's configuration: set UV_DEFAULT_INDEX" >&2; \
 	  echo "or SSL_CERT_FILE where your network needs them, or use INSTALLER=pip." >&2; exit 1; }
 endif
@@ -106,6 +106,6 @@ $(FLOOR_READY): setup.cfg pyproject.toml $(FLOOR_STALE) | $(FLOOR_VENV)/bin/pyth
 	$(call get_uv,$(FLOOR_VENV))
 	$(FLOOR_VENV)/bin/python -m uv pip compile --quiet --resolution lowest-direct --python $(FLOOR_VENV)/bin/python \
 	  $(addprefix --extra ,$(subst $(comma), ,$(EXTRAS))) setup.cfg -o $(FLOOR_VENV)/floor.txt
-	$(FLOOR_VENV)/bin/python -m uv pip install --python $(FLOOR_VENV)/bin/python -r $(FLOOR_VENV)/floor.txt
+	$(FLOOR_VENV)/bin/python -m uv pip install --compile-bytecode --python $(FLOOR_VENV)/bin/python -r $(FLOOR_VENV)/floor.txt
 	$(FLOOR_VENV)/bin/python -m uv pip install --python $(FLOOR_VENV)/bin/python --no-deps -e .
 	@echo '$(STAMP)' > $@

@@ -15,7 +15,6 @@ ConvNextModel on the same weights, and for tokens and work only, CLIP ViT-L/14 a
     python benchmarks/vision.py --resolutions 512 768 1024 1536            # default on a GPU, in bfloat16
     python benchmarks/vision.py --channels-last --compile                  # two more variants of the same tower
 """
-# ruff: noqa: E402  the variable below must be set before torch loads
 
 import argparse
 import gc
@@ -92,7 +91,6 @@ class PeakMemory:
     def __enter__(self):
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         elif Path("/proc/self/clear_refs").exists():
@@ -111,15 +109,15 @@ class PeakMemory:
         return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) * 1024
 
 
-def time_call(run, device: torch.device) -> float:
-    """Seconds of one call, until the device has finished it."""
+def time_call(call, device: torch.device) -> tuple:
+    """Seconds of one call until the device has finished it, and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    run()
+    result = call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 class Bench:
@@ -148,7 +146,7 @@ class Bench:
     def time_matmul(self) -> float:
         """Rate of the matrix multiplication now, in operations per second."""
         first, second = self.factors
-        return self.matmul_flops / time_call(lambda: first @ second, self.device)
+        return self.matmul_flops / time_call(lambda: first @ second, self.device)[0]
 
     def measure(self, height: int, width: int, flops: int, names: list[str]) -> list[dict]:
         """Times towers on random images of one size, by turns.
@@ -171,19 +169,20 @@ class Bench:
         with torch.inference_mode():
             for name, call in calls.items():
                 show_progress(f"{width}x{height}, {name}: warming up")
-                first = time_call(call, self.device)
-                with PeakMemory(self.device) as memory:
-                    features = call().last_hidden_state
-                features = features.float()
+                first, outputs = time_call(call, self.device)
+                features = outputs.last_hidden_state.float()
                 expected = features if expected is None else expected
                 difference = ((features - expected).abs().max() / expected.std()).item()
-                results[name] = {"first_call": first, "peak_bytes": memory.peak, "difference": difference}
+                results[name] = {"first_call": first, "difference": difference}
+            del outputs, features, expected
             self.time_matmul()
             for turn in range(self.repeats):
                 for name, call in calls.items():
                     show_progress(f"{width}x{height}, {name}: {turn + 1} of {self.repeats}")
                     rates.append(self.time_matmul())
-                    times[name].append(time_call(call, self.device))
+                    with PeakMemory(self.device) as memory:
+                        times[name].append(time_call(call, self.device)[0])
+                    results[name]["peak_bytes"] = memory.peak
         for name in names:
             seconds = statistics.median(times[name])
             rate, matmul_rate = flops / seconds, statistics.median(rates)

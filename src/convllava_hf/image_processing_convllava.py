@@ -25,6 +25,8 @@ from transformers.processing_utils import ImagesKwargs
 
 
 ASPECT_RATIOS = ("pad", "native", "squash")
+# A longer side is shrunk to this before it is padded to a square: a strip of 65,535 x 1 pixels would need 13 GB.
+MAX_SQUARE_SIDE = 16384
 # Beyond this ratio of the sides a row of cells says nothing about the image.
 MAX_SIDE_RATIO = 200
 
@@ -95,6 +97,12 @@ def get_native_size(
         # A side held up at one cell leaves the other with more than its share.
         rows, columns = min(rows, max_tokens // min(rows, columns)), min(columns, max_tokens // min(rows, columns))
     return rows * factor, columns * factor
+
+
+def get_bounded_size(height: int, width: int) -> SizeDict:
+    """Size in pixels with the longer side at `MAX_SQUARE_SIDE` and the same aspect ratio, at least one pixel."""
+    scale = MAX_SQUARE_SIDE / max(height, width)
+    return SizeDict(height=max(1, round(height * scale)), width=max(1, round(width * scale)))
 
 
 class ConvLlavaImageProcessingMixin:
@@ -237,6 +245,8 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         target = self._target_size(height, width, do_resize=do_resize, **kwargs)
         if do_resize:
             if kwargs["image_aspect_ratio"] == "pad":
+                if max(height, width) > MAX_SQUARE_SIDE:
+                    image = self.resize(image[None], get_bounded_size(height, width), resample)[0]
                 image = self._pad_to_square(image, image_mean)
             if tuple(image.shape[-2:]) != target:
                 image = self.resize(image[None], SizeDict(height=target[0], width=target[1]), resample)[0]
@@ -268,6 +278,8 @@ class ConvLlavaImageProcessorPil(ConvLlavaImageProcessingMixin, PilBackend):
         target = self._target_size(height, width, do_resize=do_resize, **kwargs)
         if do_resize:
             if kwargs["image_aspect_ratio"] == "pad":
+                if max(height, width) > MAX_SQUARE_SIDE:
+                    image = self.resize(image, get_bounded_size(height, width), resample)
                 image = self._pad_to_square(image, image_mean)
             if tuple(image.shape[-2:]) != target:
                 image = self.resize(image, SizeDict(height=target[0], width=target[1]), resample)

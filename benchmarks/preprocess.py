@@ -17,6 +17,7 @@ import io
 import math
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -28,6 +29,8 @@ from report import describe_machine, print_machine, print_table, show_progress, 
 
 # Smallest ratios, original to ours, that the project wants on one thread at 1536 pixels.
 TARGETS = {"12": 5.0, "640x480": 7.0}
+# A new interpreter for every variant; the test replaces it by a copy of its own process, which starts faster.
+START_METHOD = "spawn"
 MEBIBYTE = 2**20
 
 
@@ -137,6 +140,11 @@ def read_status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) * 1024
 
 
+def count_fresh_bytes() -> int:
+    """Memory that the system has handed to this process so far, in bytes: touching it first costs time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
+
+
 def measure_peak(connection, run, paths: list[Path]) -> None:
     """Sends by how many bytes one call raises this process's resident memory at its highest, its result included."""
     before = read_status("VmRSS")
@@ -168,11 +176,12 @@ def serve_variant(connection, variant: str, side: int, threads: int, tiny: Path)
                 torch.save(run(paths), arguments[0])
                 connection.send(None)
             else:
-                start, cpu_start = time.perf_counter(), time.process_time()
+                before, cpu_start, start = count_fresh_bytes(), time.process_time(), time.perf_counter()
                 result = run(paths)
-                stop, cpu_stop = time.perf_counter(), time.process_time()
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+                fresh_bytes = count_fresh_bytes() - before
                 del result  # not timed, as in a loop that hands its batches on
-                connection.send((stop - start, cpu_stop - cpu_start))
+                connection.send((seconds, cpu_seconds, fresh_bytes))
     except EOFError:
         pass
 
@@ -181,7 +190,7 @@ class Variants:
     """The processes, one per variant; a context manager that ends them."""
 
     def __init__(self, names: list[str], side: int, threads: int, tiny: Path):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.connections, self.processes = {}, []
         for name in names:
             self.connections[name], theirs = context.Pipe()
@@ -205,7 +214,7 @@ class Variants:
         return self.connections[name].recv()
 
     def measure(self, paths: list[Path], repeats: int, label: str) -> dict[str, dict[str, float]]:
-        """Medians of every variant's time in seconds, and its peak memory in bytes, over `repeats` rounds."""
+        """Medians over the rounds, for every variant: wall and processor seconds, and bytes of fresh memory."""
         times = {name: [] for name in self.connections}
         for turn in range(repeats + 1):
             show_progress(f"{label}: round {turn} of {repeats}")
@@ -215,8 +224,8 @@ class Variants:
                     times[name].append(measured)
         results = {}
         for name in self.connections:
-            seconds, cpu_seconds = (statistics.median(values) for values in zip(*times[name], strict=True))
-            results[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+            medians = [statistics.median(values) for values in zip(*times[name], strict=True)]
+            results[name] = dict(zip(("seconds", "cpu_seconds", "fresh_bytes"), medians, strict=True))
         return results
 
     def measure_peaks(self, paths: list[Path]) -> dict[str, int | None]:
@@ -257,6 +266,7 @@ def make_rows(results: dict[str, dict[str, dict]], column: str) -> list[dict]:
                     "times faster": f"{original / values['seconds']:.2f}",
                     "without decoding": f"{(original - decode) / own:.2f}" if name != "decode" and own > 0 else "",
                     "growth": f"{values['seconds'] / first[name]['seconds']:.2f}",
+                    "fresh MiB": f"{values['fresh_bytes'] / MEBIBYTE:.0f}",
                     "peak MiB": "" if peak is None else f"{peak / MEBIBYTE:.0f}",
                 }
             )
@@ -270,8 +280,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Columns: `ms` median wall time of a call; `CPU ms` median processor time, which other programs disturb "
         "less;\n`times faster` than the original; `without decoding` the same after subtracting `decode`; `growth` "
-        "against the\nvariant's first row; `peak MiB` by how much one call raises the resident memory of a fresh "
-        "process, result included.",
+        "against the\nvariant's first row; `fresh MiB` memory that the system handed out during a call, each page of "
+        "which costs time\n(none where the allocator could reuse what earlier calls freed); `peak MiB` by how much one "
+        "call raises the\nresident memory of a fresh process, result included.",
     )
     parser.add_argument(
         "--cases",

@@ -320,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = describe_machine(torch.get_num_threads())
     machine |= {"device": f"{options.device}, {options.dtype}", "batch": str(options.batch)}
     tower_config = {**RELEASED_VISION_TOWER, "depths": options.depths, "hidden_sizes": options.widths}
+    tower_config["layer_scale_init_value"] = 1.0  # as after training; with the initial 1e-6 blocks change nothing
     config = ConvLlavaConfig(vision_config=tower_config)
 
     with torch.device("meta"):

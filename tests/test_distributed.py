@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 
-WORKER = '''
+WORKER = """
 import json
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ results = {
 if rank == 0:
     print(json.dumps(results))
 dist.destroy_process_group()
-'''
+"""
 
 
 def test_one_rank_without_images(tmp_path):

@@ -162,8 +162,8 @@ def serve_variant(connection, variant: str, side: int, threads: int, tiny: Path)
     build(64)([tiny])  # imports and first calls, in little memory
     run = build(side)
     try:
-        while True:
-            command, paths, *arguments = connection.recv()
+        while (request := connection.recv()) is not None:
+            command, paths, *arguments = request
             if command == "peak":
                 # A forked process starts with this one's few pages and an empty heap, and its peak at what it has.
                 receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
@@ -182,7 +182,7 @@ def serve_variant(connection, variant: str, side: int, threads: int, tiny: Path)
                 fresh_bytes = count_fresh_bytes() - before
                 del result  # not timed, as in a loop that hands its batches on
                 connection.send((seconds, cpu_seconds, fresh_bytes))
-    except EOFError:
+    except EOFError:  # the other end is gone
         pass
 
 
@@ -204,7 +204,7 @@ class Variants:
 
     def __exit__(self, *exception):
         for connection in self.connections.values():
-            connection.close()
+            connection.send(None)
         for process in self.processes:
             process.join()
 

@@ -1,10 +1,14 @@
 """The quickstart: honest splits, seeds that matter, and a miniature run from data to report."""
 
+import importlib
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
+
+from convllava_hf import answer, load
 
 
 pytest.importorskip("trl", reason="the quickstart trains with TRL, of the extra `train`")
@@ -20,9 +24,7 @@ def on_path():
 
 @pytest.fixture(scope="module")
 def pages():
-    import pages
-
-    return pages
+    return importlib.import_module("pages")
 
 
 def describe(page):
@@ -49,8 +51,6 @@ def test_splits_share_neither_pictures_nor_handwriting(pages):
 
 
 def test_answers_are_what_the_pages_show(pages):
-    import random
-
     rng, seen = random.Random(0), set()
     for page in pages.make_pages("test", 60, seed=3):
         for task in pages.IMAGE_TASKS:
@@ -74,11 +74,9 @@ def test_answers_are_what_the_pages_show(pages):
 
 
 def test_a_miniature_run(tmp_path):
-    import run
-
-    from convllava_hf import answer, load
-
-    results = run.main(tmp_path, seed=5, num_pages=60, reading_rows=64, seeing_pages=32, share=0.01, per_task=3)
+    results = importlib.import_module("run").main(
+        tmp_path, seed=5, num_pages=60, reading_rows=64, seeing_pages=32, share=0.01, per_task=3
+    )
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["seed"] == 5 and results["questions"]["overall"] == 21
     assert set(results["accuracy"]["tasks"]) == set(results["accuracy"]["tasks_images_swapped"]) | {"text"}

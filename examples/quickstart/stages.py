@@ -313,6 +313,7 @@ def train_stage(model, processor, stage: Stage, rows: Dataset, output: str, seed
             bf16=False,  # TRL's default; most CPUs are hundreds of times slower in it
             use_cpu=True,
             logging_steps=5,
+            logging_first_step=True,
             save_strategy="no",
             report_to="none",
             seed=seed,

@@ -37,6 +37,16 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
 
 
+@pytest.fixture
+def aligned_masks() -> None:
+    """Skips where transformers itself marks answers at the wrong place."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers 5.17 marks answers at the wrong place after an image; training needs 5.18")
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder of recorded outputs of the original implementations, one subfolder per model family."""

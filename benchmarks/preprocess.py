@@ -361,14 +361,16 @@ def main(arguments: list[str] | None = None) -> None:
         {
             "image": case,
             "wanted": f"{TARGETS[case]:.0f} times faster",
-            "by time": f"{variants['original']['seconds'] / variants['ours']['seconds']:.2f}",
-            "by CPU time": f"{variants['original']['cpu_seconds'] / variants['ours']['cpu_seconds']:.2f}",
+            "from a decoded image": f"{(original - decode) / (ours - decode):.2f}",
+            "decoding included": f"{original / ours:.2f}",
+            "decoding included, at most": f"{original / decode:.2f}",
         }
         for case, variants in results.items()
         if case in TARGETS and "ours" in variants and (options.side, options.threads) == (1536, 1)
+        for original, decode, ours in [[variants[name]["seconds"] for name in ("original", "decode", "ours")]]
     ]
     if targets:
-        print_table("Targets, decoding included", targets)
+        print_table("Targets", targets)
     print_table(f"One image, to {options.side} pixels", make_rows(results, "image"))
     if batches:
         print_table(f"Batches of {options.batch_case}", make_rows(batches, "images"))

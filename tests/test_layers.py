@@ -18,15 +18,17 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     ("configuration_convllava", "modeling_convllava", "image_processing_convllava", "processing_convllava"),
-    ("weight_maps", "checkpoint_io", "sources", "metrics", "data"),
-    ("registration", "conversion", "inference", "hub"),
+    ("weight_maps", "checkpoint_io", "sources", "metrics", "data", "plans", "sampling", "recipe_files"),
+    ("registration", "conversion", "inference", "hub", "adapters"),
     ("training", "evaluation"),
-    ("cli", "demo"),
+    ("cli_options",),
+    ("cli_data", "cli_training", "demo"),
+    ("cli",),
     ("__init__",),
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 HUB_FILES = LAYERS[0]
-COMMANDS = LAYERS[4]
+COMMANDS = LAYERS[4] + LAYERS[5] + LAYERS[6]
 # Modules of one layer do not import each other, but for the hub files, which travel together, and these pairs (importer
 # first; CONTRIBUTING.md says why).
 SIDEWAYS = {
@@ -34,7 +36,6 @@ SIDEWAYS = {
     ("sources", "weight_maps"),
     ("sources", "checkpoint_io"),
     ("conversion", "registration"),
-    ("cli", "demo"),
 }
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are
 # requirements of transformers itself.

@@ -71,7 +71,7 @@ STAGES = (
         rows=8000,
         learning_rate=3e-3,
     ),
-    Stage("stage 3: instruction tuning", (PROJECTOR, *LANGUAGE), rows=2400, learning_rate=1e-3),
+    Stage("stage 3: instruction tuning", (PROJECTOR, *LANGUAGE), rows=4800, learning_rate=1.5e-3),
 )
 
 
@@ -312,6 +312,7 @@ def train_stage(model, processor, stage: Stage, rows: Dataset, output: str, seed
             activation_checkpointing=False,
             bf16=False,  # TRL's default; most CPUs are hundreds of times slower in it
             use_cpu=True,
+            dataloader_num_workers=1,  # the second core prepares the next batch
             logging_steps=5,
             logging_first_step=True,
             save_strategy="no",

@@ -9,15 +9,15 @@ import json
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import __version__
+from .cli_options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, print_error, report_errors
+from .cli_training import add_training_commands
 
 
 app = typer.Typer(
@@ -235,14 +235,6 @@ def chat(
                 print_error(error)
 
 
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to make.", show_default=False)
-]
-StoredDtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
-ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file; also bounds the memory.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output folder that holds a model.")]
-
-
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hub id or folder.", show_default=False)],
@@ -339,32 +331,6 @@ def init(
         print(report.summary())
 
 
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """Turns what users can mend into one line on stderr and exit code 2; what the machine lacks gives 1."""
-    # load_image refuses such images itself, in one line.
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
-    sys.stdout.reconfigure(errors="replace")  # terminals that cannot show every character
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output is gone, which is no error of ours
-            raise
-        print_error(error)
-        raise typer.Exit(2) from error
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        print_error("out of memory: try --quantize 4bit, a smaller --max-image-tokens, or another --device.")
-        raise typer.Exit(1) from error
-
-
-def print_error(error: Exception | str) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
-
 def split_inputs(inputs: list[str]) -> tuple[list[str], str]:
     """Tells images from the question.
 
@@ -450,3 +416,6 @@ def read_lines(interactive: bool) -> Iterator[str]:
         except EOFError:
             print()
             return
+
+
+add_training_commands(app)

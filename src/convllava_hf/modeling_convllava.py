@@ -10,6 +10,7 @@ stage's map, row-major, no final norm, no class token) and `llava/model/llava_ar
 placeholder).
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,29 @@ class ConvLlavaMultiModalProjector(nn.Module):
         return hidden_states
 
 
+def set_trainable(model: nn.Module, patterns: list[str]) -> None:
+    r"""Makes exactly the parameters trainable whose names match, and freezes all others.
+
+    Args:
+        model: any module.
+        patterns: regular expressions, searched in the names of the parameters: `"multi_modal_projector"`,
+            `r"vision_tower.*stages\.4\."`.
+
+    Raises:
+        ValueError: a pattern that matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise ValueError(
+                f"trainable pattern {pattern!r} matches no parameter; expected regular expressions that occur in "
+                f"parameter names, which begin with {', '.join(parts)}."
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+
+
 class ConvLlavaPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation; see `PreTrainedModel`."""
 
@@ -138,6 +162,20 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, trainable: list[str] | None = None, **kwargs):
+        """Loads a checkpoint, see `PreTrainedModel.from_pretrained`.
+
+        Args:
+            trainable: regular expressions of the parameters to train; all others are frozen, see [`set_trainable`].
+                Nothing of it is saved. Training tools that only load a model and train it reach freezing this way:
+                `model_init_kwargs: {trainable: [multi_modal_projector]}` in a recipe of TRL. Default: train all.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if trainable is not None:
+            set_trainable(loaded[0] if isinstance(loaded, tuple) else loaded, trainable)
+        return loaded
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)

@@ -1,0 +1,145 @@
+"""Every recipe trains, through TRL's own script and through ours, and changes what it says and nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from packaging.version import Version
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_data import save_rows, save_tiny_llava
+from transformers import AutoModelForImageTextToText
+
+from convllava_hf.adapters import merge_adapter
+from convllava_hf.recipe_files import RECIPES, find_recipe, list_recipes
+
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
+)
+
+TINY = (
+    "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_steps 2 --dataloader_num_workers 0 "
+    "--bf16 false --use_cpu true --learning_rate 0.01 --warmup_steps 0 --save_strategy no --report_to none"
+).split()
+NEEDS_GPU = {"convllava_stage3_qlora"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A tiny checkpoint per architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    return {"convllava": save_tiny_checkpoint(folder / "convllava"), "llava": save_tiny_llava(folder / "llava")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_rows(tmp_path_factory.mktemp("data") / "rows", 12)
+
+
+def get_family(recipe: str) -> str:
+    return "convllava" if recipe.startswith(("convllava", "tiny_cpu", "custom")) else "llava"
+
+
+def train_with_trl(file: Path, arguments: list[str]) -> None:
+    """What `trl sft` runs in the process it starts."""
+    from trl.scripts import sft
+
+    parsed = sft.make_parser().parse_args_and_config(["--config", str(file), *arguments])
+    sft.main(*parsed)
+
+
+def train_with_convllava(file: Path, arguments: list[str]) -> None:
+    from convllava_hf.training import run_recipe
+
+    run_recipe(str(file), arguments)
+
+
+def get_changed_parts(before: Path, after: Path, tmp_path: Path) -> dict[str, set[bool]]:
+    """For each part of the model, whether its weights changed: {True}, {False}, or both."""
+    if (after / "adapter_config.json").is_file():
+        after = merge_adapter(after, tmp_path / "merged", base=str(before))
+    old, new = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (before, after))
+    assert set(old) == set(new)
+    changed = {}
+    for name, tensor in old.items():
+        part = re.search(r"multi_modal_projector|vision_tower|language_model|lm_head", name)[0]
+        if match := re.search(r"vision_tower.*stages\.(\d)\.", name):
+            part = f"stage {int(match[1]) + 1}"
+        changed.setdefault(part, set()).add(not torch.equal(tensor, new[name]))
+    return changed
+
+
+def test_there_are_all_recipes():
+    assert len(list_recipes()) == 19
+    assert {path.suffix for path in RECIPES.iterdir()} == {".yaml"}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_is_flat_and_says_how_to_run_it(name):
+    text = find_recipe(name).read_text()
+    head = text.split("\n\n")[0]
+    assert re.search(rf"convllava\)? train {name} ", head) and f"$(convllava recipe {name})" in head
+    assert "GPU" in head or "one processor core" in head
+    headings = re.findall(r"^# (\w+)$", text, re.MULTILINE)
+    assert headings == ["model", "data", "trainer"]
+    assert yaml.safe_load(text)["output_dir"] == name
+
+
+@pytest.mark.parametrize("train", [train_with_trl, train_with_convllava])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name not in NEEDS_GPU])
+def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
+    family = get_family(name)
+    output = tmp_path / "output"
+    settings = ["--model_name_or_path", str(models[family]), "--dataset_name", str(data), "--output_dir", str(output)]
+    train(find_recipe(name), [*settings, *TINY])
+    changed = get_changed_parts(models[family], output, tmp_path)
+
+    moved, frozen = {True}, {False}
+    assert changed["multi_modal_projector"] == moved
+    stages = [changed.get(f"stage {number}") for number in range(1, 6)]
+    if "lora" in name or "pretrain" in name:
+        assert changed["lm_head"] == frozen
+        assert all(stage in (None, frozen) for stage in stages)
+        # Adapters change the linear layers only, and a projector's training nothing else.
+        assert changed["language_model"] == (frozen if "pretrain" in name else {True, False})
+        assert changed["vision_tower"] == frozen
+    elif "stage1" in name:
+        assert changed["language_model"] == changed["lm_head"] == changed["vision_tower"] == frozen
+        assert stages == [frozen] * 4 + [moved]
+    else:
+        # Rows of the vocabulary that do not occur stay, so a tensor either moved or did not: these all have moved.
+        assert changed["language_model"] == changed["lm_head"] == moved
+        if family == "convllava":
+            assert changed["vision_tower"] == frozen
+            assert stages == [frozen] * 2 + [moved] * 3 if "stage2" in name else [frozen] * 5
+        else:
+            # What `trl sft` cannot freeze, as the recipe says.
+            assert (changed["vision_tower"] == frozen) == (train is train_with_convllava)
+    if "lora" not in name and "pretrain" not in name:
+        assert "trainable" not in (output / "config.json").read_text()
+
+
+@pytest.mark.timeout(240)
+def test_stock_command_runs_a_recipe_without_the_package(models, data, tmp_path):
+    """`trl sft` in a process that cannot import this package: the checkpoint's own code does the freezing."""
+    block = tmp_path / "blocked"
+    block.mkdir()
+    (block / "convllava_hf.py").write_text("raise ImportError('blocked')")
+    recipe = shutil.copy(find_recipe("tiny_cpu_stage1"), tmp_path / "recipe.yaml")
+    output = tmp_path / "output"
+    command = [str(Path(sys.executable).parent / "trl"), "sft", "--config", str(recipe)]
+    command += ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
+    command += ["--output_dir", str(output), "--learning_rate", "0.01", "--warmup_steps", "0", "--save_strategy", "no"]
+    environment = {**os.environ, "PYTHONPATH": str(block), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    changed = get_changed_parts(models["convllava"], output, tmp_path)
+    assert changed["stage 5"] == changed["multi_modal_projector"] == {True}
+    assert changed["language_model"] == changed["lm_head"] == changed["stage 4"] == {False}

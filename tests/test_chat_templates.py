@@ -14,6 +14,18 @@ TEMPLATES = {
     for path in files("convllava_hf").joinpath("chat_templates").iterdir()
     if path.name.endswith(".jinja")
 }
+# Format of the originals (name in conversation_templates.json) -> template.
+FORMATS = {
+    **{name: name for name in ("llava_v0", "v0_mmtag", "llava_v1", "v1_mmtag", "vicuna_v1", "phi", "tiny_llama")},
+    **{name: name for name in ("llama_2", "llava_llama_2", "mistral_instruct", "mpt", "chatml_direct")},
+    **{"v0": "llava_v0", "default": "llava_v0", "v1": "vicuna_v1", "mistral_direct": "chatml_direct"},
+    "LLaVAR/llava_v1": "llavar",
+    "LLaVAR/v1": "llava_v0",
+    "LLaVAR/vicuna_v1_1": "vicuna_v1",
+}
+# Formats of the early code that no released checkpoint uses.
+UNUSED = {"simple", "simple_legacy", "multimodal", "mpt_multimodal", "mpt_text", "LLaVAR/mpt", "bair_v1"}
+WITH_SYSTEM = sorted({*FORMATS.values(), "chatml"})
 IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "What is it?"}
 
 
@@ -26,7 +38,7 @@ def render(name, messages, **kwargs):
 
 
 def test_the_templates_that_the_package_ships():
-    assert sorted(TEMPLATES) == ["chatml", "plain", "vicuna_v1"]
+    assert sorted(TEMPLATES) == sorted({*FORMATS.values(), "chatml", "plain"}) and len(TEMPLATES) == 15
 
 
 def test_readme_shows_every_template_as_it_renders():
@@ -36,7 +48,7 @@ def test_readme_shows_every_template_as_it_renders():
         {"role": "assistant", "content": 'The sign says "OPEN".'},
         {"role": "user", "content": "Is the door open?"},
     ]
-    for name in ("vicuna_v1", "chatml"):
+    for name in WITH_SYSTEM:
         assert render(name, chat, add_generation_prompt=True)[0].strip() in readme
     caption = [
         {"role": "user", "content": "<image>"},
@@ -61,16 +73,55 @@ def test_vicuna_renders_every_reference_prompt(reference):
     assert rendered == 7
 
 
+def test_every_format_of_the_originals(reference):
+    """Prompts with and without the example conversation of a format, with and without the last answer."""
+    recorded = json.loads((reference / "conversation_templates.json").read_text())
+    rendered = set()
+    texts = recorded["_messages"]
+    chat = [
+        {"role": "user", "content": texts["user1"]},
+        {"role": "assistant", "content": texts["assistant1"]},
+        {"role": "user", "content": texts["user2"]},
+        {"role": "assistant", "content": texts["assistant2"]},
+    ]
+    for repository in ("LLaVA", "LLaVAR", "TinyLLaVA"):
+        for name, expected in recorded[repository].items():
+            template = FORMATS.get(f"{repository}/{name}", FORMATS.get(name))
+            if template is None or f"{repository}/{name}" in UNUSED:
+                assert name in UNUSED or expected["sep_style"] == "PLAIN" or f"{repository}/{name}" in UNUSED
+                continue
+            roles = ("user", "assistant")
+            examples = [
+                {"role": roles[number % 2], "content": text}
+                for number, (_, text) in enumerate(expected["example_messages"])
+            ]
+            for messages, key in (
+                (chat, "prompt_complete"),
+                (chat[:3], "prompt"),
+                (examples + chat[:3], "prompt_with_examples"),
+                (examples + chat[:1], "prompt_single_turn"),
+            ):
+                asks = messages[-1]["role"] == "user"
+                assert render(template, messages, add_generation_prompt=asks)[0] == expected[key], (repository, name)
+            rendered.add(template)
+    assert rendered == set(FORMATS.values())
+
+
 def test_plain_renders_the_reference_prompt(reference):
     case = json.loads((reference / "convllava" / "expected.json").read_text())["cases"]["plain_prompt"]
     assert render("plain", [{"role": "user", "content": [IMAGE]}], add_generation_prompt=True)[0] == case["prompt"]
 
 
-@pytest.mark.parametrize(
-    "name, end",
-    [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "\n")],
-    ids=["vicuna_v1", "chatml", "plain"],
-)
+ENDS = {
+    **dict.fromkeys(["vicuna_v1", "llava_v1", "llavar", "v1_mmtag", "tiny_llama"], "</s>"),
+    **dict.fromkeys(["llama_2", "llava_llama_2", "mistral_instruct"], " </s>"),
+    **dict.fromkeys(["chatml", "mpt", "chatml_direct"], "<|im_end|>"),
+    **dict.fromkeys(["llava_v0", "v0_mmtag"], "###"),
+    **{"phi": "<|endoftext|>", "plain": "\n"},
+}
+
+
+@pytest.mark.parametrize(("name", "end"), ENDS.items(), ids=list(ENDS))
 def test_marks_cover_answers_and_the_end_of_the_turn(name, end):
     turns = [("<image>\nFirst?", "One."), ("Second?", "Two lines.\nHere.")]
     messages = []
@@ -81,7 +132,21 @@ def test_marks_cover_answers_and_the_end_of_the_turn(name, end):
     assert ("First?" in text) == (name != "plain")
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_an_image_tag_stands_for_every_image():
+    tag = "<im_start><im_patch><im_end>"
+    text = TEMPLATES["llavar"]
+    for content in ([IMAGE, QUESTION], "<image>\nWhat is it?"):
+        messages = [{"role": "user", "content": content}]
+        with_tag, _ = render_jinja_template(
+            conversations=[messages], chat_template="{%- set image_tag = '" + tag + "' -%}\n" + text
+        )
+        assert f"USER: {tag}\nWhat is it? " in with_tag[0]
+        assert "USER: <image>\nWhat is it? " in render("llavar", messages)[0]
+    tagged = render("v1_mmtag", [{"role": "user", "content": [IMAGE, QUESTION]}])[0]
+    assert "USER: <Image><image></Image>\nWhat is it? " in tagged
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_SYSTEM if "mmtag" not in name])
 def test_image_parts_stand_where_they_are(name):
     as_list = [{"role": "user", "content": [IMAGE, IMAGE, QUESTION]}]
     as_text = [{"role": "user", "content": "<image>\n<image>\nWhat is it?"}]
@@ -90,7 +155,7 @@ def test_image_parts_stand_where_they_are(name):
     assert "Is <image> red?" in render(name, between)[0]
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+@pytest.mark.parametrize("name", WITH_SYSTEM)
 def test_a_system_message_is_used(name):
     text, _ = render(name, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert "Be brief." in text and "curious user" not in text

@@ -346,7 +346,7 @@ def test_full_size_plan_covers_the_model():
         for table in tables:
             sources[-1].rename(table)
     tables = ("model.language_model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    vocabulary = Vocabulary(tables, 32000, {"<image>": 32000, "<pad>": 32001}, 32000, 32064)
+    vocabulary = Vocabulary(tables, 32000, {"<image>": 32000, "<pad>": 32001}, 32000, 32064, 32000)
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     tensors, records = plan_weights(shapes, sources, vocabulary=vocabulary)
     assert {tensor.name: tensor.shape for tensor in tensors} == shapes
@@ -834,7 +834,7 @@ def test_missing_tower(broken):
         ({"max_shard_size": "five"}, "size 'five'"),
         ({"max_shard_size": 0}, "size 0"),
         ({"revision": "main"}, "revision 'main' needs a Hub id"),
-        ({"source": "vision"}, "no ConvLLaVA language model and takes no --vision-tower"),
+        ({"source": "vision"}, "no ConvLLaVA or LLaVA language model and takes no --vision-tower"),
     ],
 )
 def test_bad_arguments(released, tmp_path, options, message):

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     ("configuration_convllava", "modeling_convllava", "image_processing_convllava", "processing_convllava"),
-    ("weight_maps", "checkpoint_io", "sources", "metrics", "data", "plans", "sampling", "recipe_files"),
+    ("weight_maps", "checkpoint_io", "sources", "llava_family", "metrics", "data", "plans", "sampling", "recipe_files"),
     ("registration", "conversion", "inference", "hub", "adapters"),
     ("training", "evaluation"),
     ("cli_options",),
@@ -35,6 +35,9 @@ SIDEWAYS = {
     ("checkpoint_io", "weight_maps"),
     ("sources", "weight_maps"),
     ("sources", "checkpoint_io"),
+    ("llava_family", "weight_maps"),
+    ("llava_family", "checkpoint_io"),
+    ("llava_family", "sources"),
     ("conversion", "registration"),
 }
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are

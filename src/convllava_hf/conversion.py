@@ -27,7 +27,16 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPImageProcessor, ConvNextConfig, ConvNextModel, GenerationConfig
+from transformers import (
+    CLIPImageProcessor,
+    ConvNextConfig,
+    ConvNextModel,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from . import __version__
 from .checkpoint_io import (
@@ -42,6 +51,7 @@ from .checkpoint_io import (
 )
 from .configuration_convllava import ConvLlavaConfig
 from .image_processing_convllava import ConvLlavaImageProcessor
+from .llava_family import build_llava, is_vit, read_llava_family, read_vit
 from .modeling_convllava import ConvLlavaForConditionalGeneration
 from .processing_convllava import ConvLlavaProcessor
 from .registration import HUB_FILES
@@ -55,10 +65,9 @@ from .sources import (
     read_llava,
     read_tower,
 )
-from .weight_maps import VISION_TOWER, ConversionError
+from .weight_maps import LLAVA_PUBLISHED, VISION_TOWER, ConversionError
 
 
-IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 # Matrix products of such sizes are fast, and the table can be divided between devices.
 VOCABULARY_MULTIPLE = 64
@@ -116,6 +125,7 @@ class Vocabulary:
         num_words: rows of the original that hold words.
         added: new token -> id.
         rows_before, rows_after: `R` and `V`.
+        rows_kept: rows that keep their values, unless they are of a new token.
     """
 
     tensors: tuple[str, ...]
@@ -123,11 +133,12 @@ class Vocabulary:
     added: dict[str, int]
     rows_before: int
     rows_after: int
+    rows_kept: int
 
     @property
     def new_rows(self) -> list[int]:
-        """Rows that get values of their own: those of new tokens and those that there were not."""
-        return sorted({*self.added.values(), *range(self.rows_before, self.rows_after)})
+        """Rows that get values of their own: those of new tokens and those behind the ones that are kept."""
+        return sorted({*self.added.values(), *range(self.rows_kept, self.rows_after)})
 
 
 def convert_checkpoint(
@@ -135,23 +146,26 @@ def convert_checkpoint(
     output: str | Path,
     *,
     vision_tower: str | Path | None = None,
+    chat_template: str | None = None,
     revision: str | None = None,
     vision_revision: str | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> ConversionReport:
-    """Converts a released ConvLLaVA checkpoint, or a vision tower alone.
+    """Converts a released checkpoint of ConvLLaVA or of the LLaVA family, or a vision tower alone.
 
-    A language model with `mm_vision_tower` in its configuration becomes a [`ConvLlavaForConditionalGeneration`] with
-    its tower, tokenizer, processor, chat template and code files. A tower (ConvLLaVA-ConvNeXt-*,
-    LAION-CLIP-ConvNeXt-*, any ConvNeXt of transformers, timm or open_clip) becomes a `ConvNextModel` that
-    [`init_model`] takes.
+    A language model with `mm_vision_tower` in its configuration becomes a model with its tower, tokenizer, processor
+    and chat template: with a ConvNeXt a [`ConvLlavaForConditionalGeneration`] and its code files, with CLIP or SigLIP
+    (LLaVA, LLaVAR, TinyLLaVA) transformers' `LlavaForConditionalGeneration`, without code. A tower
+    (ConvLLaVA-ConvNeXt-*, LAION-CLIP-ConvNeXt-*, any ConvNeXt of transformers, timm or open_clip) becomes a
+    `ConvNextModel` that [`init_model`] takes.
 
     Args:
         source: Hub id or folder.
         output: folder to make.
         vision_tower: Hub id or folder in place of the configuration's `mm_vision_tower`.
+        chat_template: name of a template of this package. Default: the one that the checkpoint was trained with.
         revision: branch, tag or commit of `source` on the Hub.
         vision_revision: the same for the tower.
         dtype: `"auto"` (every tensor as it is stored), `"float32"`, `"float16"` or `"bfloat16"`.
@@ -165,6 +179,8 @@ def convert_checkpoint(
         ConversionError: anything that keeps the result from being complete and exact. Nothing is left at `output`.
     """
     writer = _Writer(output, dtype, max_shard_size, force)
+    if chat_template is not None:
+        _read_chat_template(chat_template)
     main = find_source(source, revision, "language model", "Pass a Hub id or a folder.")
     config = read_json(main.folder / "config.json") if (main.folder / "config.json").is_file() else {}
     if config.get("model_type") == "convllava":
@@ -172,16 +188,27 @@ def convert_checkpoint(
     if "mm_vision_tower" not in config:
         if vision_tower is not None:
             raise ConversionError(
-                f"{main.name} has no 'mm_vision_tower' in its config.json, so it is no ConvLLaVA language model and "
-                f"takes no --vision-tower {str(vision_tower)!r}. To join a tower and a language model use init."
+                f"{main.name} has no 'mm_vision_tower' in its config.json, so it is no ConvLLaVA or LLaVA language "
+                f"model and takes no --vision-tower {str(vision_tower)!r}. To join a tower and a model use init."
             )
         main.role = "vision tower"
         return _write_tower(writer, read_tower(main))
 
-    text, projector_type = read_llava(main, config)
     fix = "Pass --vision-tower with the folder or Hub id of the tower."
-    tower_name = str(vision_tower or config["mm_vision_tower"])
-    tower = read_tower(find_source(tower_name, vision_revision, "vision tower", fix))
+    tower_source = find_source(str(vision_tower or config["mm_vision_tower"]), vision_revision, "vision tower", fix)
+    if is_vit(tower_source):
+        tower = read_vit(tower_source)
+        text = read_llava_family(main, config, tower)
+        content = {"kind": f"checkpoint of the LLaVA family, from {config['architectures'][0]}"}
+        text.chat_template = chat_template or text.chat_template
+
+        def build() -> tuple[PreTrainedConfig, ProcessorMixin]:
+            return build_llava(tower, text, config)
+
+        return _write_model(writer, content, tower, text, LlavaForConditionalGeneration, build, _make_identity)
+
+    text, projector_type = read_llava(main, config)
+    tower = read_tower(tower_source)
     width = tower.config.hidden_sizes[-1]
     if width != config.get("mm_hidden_size", width):
         raise ConversionError(
@@ -189,7 +216,8 @@ def convert_checkpoint(
             f"mm_hidden_size = {config['mm_hidden_size']}. Pass the right one with --vision-tower."
         )
     content = {"kind": "ConvLLaVA checkpoint", "license": "llama2"}
-    return _write_model(writer, content, tower, text, projector_type, tower.image_size, "vicuna_v1")
+    text.chat_template = chat_template or "vicuna_v1"
+    return _write_convllava(writer, content, tower, text, projector_type, tower.image_size)
 
 
 def init_model(
@@ -260,13 +288,14 @@ def init_model(
                 "choose one all the same."
             )
     content = {"kind": "new model", "seed": seed}
-    return _write_model(writer, content, tower, language, projector_type, resolution, chat_template, tuple(fresh))
+    language.chat_template = chat_template
+    return _write_convllava(writer, content, tower, language, projector_type, resolution, tuple(fresh))
 
 
 def extend_rows(
     rows: torch.Tensor, num_rows: int, new_rows: Sequence[int], num_words: int, distinct: bool
 ) -> torch.Tensor:
-    """Grows a table of the vocabulary and fills rows from the words that are there, without random numbers.
+    """Resizes a table of the vocabulary and fills rows from the words that are there, without random numbers.
 
     Args:
         rows: `(R, D)` weights, or `(R,)` biases.
@@ -283,7 +312,7 @@ def extend_rows(
     if not new_rows:
         return rows
     table = rows.new_empty((num_rows, *rows.shape[1:]))
-    table[: len(rows)] = rows
+    table[: len(rows)] = rows[:num_rows]
     step = min(len(new_rows), num_words) if distinct else 1
     sums = torch.zeros((step, *rows.shape[1:]), dtype=torch.float64)
     block = step * max(1, ROWS_AT_ONCE // max(1, step))
@@ -431,14 +460,18 @@ def _add_tokens(language: LanguageModel) -> Vocabulary:
         )
     named = {str(token) for token in tokenizer.special_tokens_map.values()}
     others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*others, IMAGE_TOKEN]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, language.image_token]})
     # Where padding is the unknown word or the end of a text, these would be ignored where they are meant.
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, tokenizer.pad_token)}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (language.image_token, tokenizer.pad_token)}
     added = {token: number for token, number in ids.items() if number >= num_words}
-    rows_after = -(-max(rows, len(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Vocabulary((language.embeddings, "lm_head.weight", "lm_head.bias"), num_words, added, rows, rows_after)
+    language.tokenizer = language.finish_tokenizer(tokenizer)
+    # The LLaVA family's loader cuts the tables to the tokenizer's words. ConvLLaVA's has a row for each row of before.
+    kept = num_words if language.head.startswith("language_model.") else rows
+    rows_after = -(-max(kept, len(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    tables = (language.embeddings, f"{language.head}.weight", f"{language.head}.bias")
+    return Vocabulary(tables, num_words, added, rows, rows_after, kept)
 
 
 def _read_chat_template(name: str) -> str:
@@ -448,26 +481,49 @@ def _read_chat_template(name: str) -> str:
     return templates[name].read_text(encoding="utf-8")
 
 
-def _build_configs(
+def _build_generation_config(text_config: PreTrainedConfig, tokenizer, chat_template: str) -> GenerationConfig:
+    # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
+    # `max_length`, which warns beside every `max_new_tokens`.
+    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if chat_template == "chatml":
+        ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    return GenerationConfig(
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def _list_shapes(model: nn.Module, config: PreTrainedConfig) -> tuple[dict, tuple[str, ...]]:
+    """Shapes of what a model stores, and the names that it does not store because they are tied."""
+    published = LLAVA_PUBLISHED.rename if isinstance(model, LlavaForConditionalGeneration) else str
+    tied = ("lm_head.weight",) if getattr(config, "tie_word_embeddings", False) else ()
+    return {
+        published(name): tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
+    }, tied
+
+
+def _write_convllava(
+    writer: "_Writer",
+    content: dict,
     tower: Tower,
     language: LanguageModel,
-    vocabulary: Vocabulary,
     projector_type: str,
     image_size: int,
-    chat_template: str,
-) -> tuple[ConvLlavaConfig, GenerationConfig, ConvLlavaProcessor]:
-    tokenizer, text_config = language.tokenizer, language.config
-    # The tokenizer and the processor keep their template in one file.
-    tokenizer.chat_template = _read_chat_template(chat_template)
-    text_config.vocab_size = vocabulary.rows_after
-    text_config.pad_token_id = tokenizer.pad_token_id
-    try:
+    fresh: tuple[str, ...] = (),
+) -> ConversionReport:
+    """Joins a ConvNeXt and a language model. Tensors whose names begin with one of `fresh` are initialised."""
+
+    def build() -> tuple[PreTrainedConfig, ProcessorMixin]:
+        tokenizer = language.tokenizer
         config = ConvLlavaConfig(
             vision_config=tower.config,
-            text_config=text_config,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            text_config=language.config,
+            image_token_id=tokenizer.convert_tokens_to_ids(language.image_token),
             projector_type=projector_type,
-            vocab_padding=vocabulary.rows_after - len(tokenizer),
+            vocab_padding=language.config.vocab_size - len(tokenizer),
         )
         config.num_image_tokens(image_size, image_size)
         image_processor = ConvLlavaImageProcessor(
@@ -478,34 +534,28 @@ def _build_configs(
             image_std=tower.image_std,
             resample=tower.resample,
         )
-    except ValueError as error:
-        raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
-    processor = ConvLlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-        chunk_prefix_space="".join(tokenizer.tokenize("a")).startswith("\u2581"),  # SentencePiece's leading space
-    )
-    # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
-    # `max_length`, which warns beside every `max_new_tokens`.
-    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
-    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    if chat_template == "chatml":
-        ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
-    generation_config = GenerationConfig(
-        bos_token_id=text_config.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    return config, generation_config, processor
+        processor = ConvLlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            chat_template=tokenizer.chat_template,
+            image_token=language.image_token,
+            chunk_prefix_space="".join(tokenizer.tokenize("a")).startswith("\u2581"),  # SentencePiece's leading space
+        )
+        return config, processor
+
+    def make(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
+        return (lambda: _make_fresh(model, name, content["seed"])) if name.startswith(fresh) else None
+
+    tower.source.rename(VISION_TOWER)
+    return _write_model(writer, content, tower, language, ConvLlavaForConditionalGeneration, build, make)
 
 
-def _list_shapes(model: nn.Module, config: ConvLlavaConfig | ConvNextConfig) -> tuple[dict, tuple[str, ...]]:
-    """Shapes of what a model stores, and the names that it does not store because they are tied."""
-    tied = ("lm_head.weight",) if getattr(config, "tie_word_embeddings", False) else ()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
+def _make_identity(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
+    """The second layer of a projector that has one layer in the original."""
+    width = model.config.text_config.hidden_size
+    if model.config.projector_hidden_act == "linear" and name.startswith("multi_modal_projector.linear_2."):
+        return lambda: torch.eye(width) if name.endswith("weight") else torch.zeros(width)
+    return None
 
 
 def _write_model(
@@ -513,19 +563,33 @@ def _write_model(
     content: dict,
     tower: Tower,
     language: LanguageModel,
-    projector_type: str,
-    image_size: int,
-    chat_template: str,
-    fresh: tuple[str, ...] = (),
+    model_class: type[PreTrainedModel],
+    build: Callable[[], tuple[PreTrainedConfig, ProcessorMixin]],
+    fresh: Callable[[PreTrainedModel, str], Callable[[], torch.Tensor] | None],
 ) -> ConversionReport:
-    """Joins a tower and a language model. Tensors whose names begin with one of `fresh` are initialised."""
+    """Joins a tower and a language model.
+
+    Args:
+        writer, content, tower, language: the parts; both sources have the names that the new model stores.
+        model_class: class of the new model.
+        build: makes its configuration and processor, after the tokenizer has all its tokens.
+        fresh: gives for the model and a name that no source has a function that makes the tensor, or `None`.
+    """
     vocabulary = _add_tokens(language)
-    config, generation_config, processor = _build_configs(
-        tower, language, vocabulary, projector_type, image_size, chat_template
-    )
-    with torch.device("meta"):
-        model = ConvLlavaForConditionalGeneration(config)
-    tower.source.rename(VISION_TOWER)
+    tokenizer = language.tokenizer
+    # The tokenizer and the processor keep their template in one file.
+    tokenizer.chat_template = _read_chat_template(language.chat_template)
+    if language.image_tag:
+        tokenizer.chat_template = f"{{%- set image_tag = '{language.image_tag}' -%}}\n{tokenizer.chat_template}"
+    language.config.vocab_size = vocabulary.rows_after
+    language.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config, processor = build()
+        with torch.device("meta"):
+            model = model_class(config)
+    except ValueError as error:
+        raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
+    generation_config = _build_generation_config(language.config, tokenizer, language.chat_template)
     sources = [language.source, tower.source]
     shapes, tied = _list_shapes(model, config)
     tensors, records = plan_weights(
@@ -533,40 +597,46 @@ def _write_model(
         sources,
         dtype=writer.dtype,
         vocabulary=vocabulary,
-        fresh=lambda name: (lambda: _make_fresh(model, name, content["seed"])) if name.startswith(fresh) else None,
+        fresh=lambda name: fresh(model, name),
         tied=tied,
     )
     for part in (config, config.text_config, config.vision_config):
         part.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
-    config.architectures = [ConvLlavaForConditionalGeneration.__name__]
+    config.architectures = [model_class.__name__]
 
     def save(folder: Path):
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for name in HUB_FILES:
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        if model_class is ConvLlavaForConditionalGeneration:
+            for name in HUB_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
     def check(folder: Path) -> list[str]:
         """Loads what was saved, from the files alone, and compares the parts with each other."""
-        saved = ConvLlavaConfig.from_pretrained(folder)
+        saved = type(config).from_pretrained(folder)
         with torch.device("meta"):
-            _check_stored(folder, ConvLlavaForConditionalGeneration(saved), saved)
-        loaded = ConvLlavaProcessor.from_pretrained(folder)
+            _check_stored(folder, model_class(saved), saved)
+        loaded = type(processor).from_pretrained(folder)
         ids = {token: loaded.tokenizer.convert_tokens_to_ids(token) for token in vocabulary.added}
+        sample = "A question. <image>\nAn answer.</s>And another."
         for what, found, expected in (
             ("new tokens", ids, vocabulary.added),
-            ("image_token_id", saved.image_token_id, loaded.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+            ("image_token_id", saved.image_token_id, loaded.tokenizer.convert_tokens_to_ids(language.image_token)),
             ("pad_token_id", saved.text_config.pad_token_id, loaded.tokenizer.pad_token_id),
             ("padding_side", loaded.tokenizer.padding_side, "left"),
-            ("model_max_length", loaded.tokenizer.model_max_length, language.tokenizer.model_max_length),
-            ("number of tokens", len(loaded.tokenizer), saved.text_config.vocab_size - saved.vocab_padding),
-            ("downsampling_factor", loaded.image_processor.downsampling_factor, saved.downsampling_factor),
+            ("model_max_length", loaded.tokenizer.model_max_length, tokenizer.model_max_length),
+            ("number of tokens", len(loaded.tokenizer), len(tokenizer)),
+            ("vocab_size", saved.text_config.vocab_size, vocabulary.rows_after),
+            ("tokens of a sample", loaded.tokenizer(sample)["input_ids"], tokenizer(sample)["input_ids"]),
+            ("chat template", loaded.chat_template, tokenizer.chat_template),
+            ("image processor", loaded.image_processor.to_dict(), processor.image_processor.to_dict()),
         ):
             if found != expected:
                 raise ConversionError(f"{what}: read back as {found!r}, expected {expected!r}. Please report this.")
         return ["the model has exactly these tensors", "configuration, tokenizer and processor load and agree"]
 
+    content["architecture"] = model_class.__name__
     content["vocabulary"] = {
         "rows_before": vocabulary.rows_before,
         "rows_after": vocabulary.rows_after,
@@ -611,7 +681,7 @@ def _write_tower(writer: "_Writer", tower: Tower) -> ConversionReport:
     return writer.write({"kind": "vision tower"}, [tower.source], tensors, records, save, check)
 
 
-def _check_stored(folder: Path, model: nn.Module, config: ConvLlavaConfig | ConvNextConfig):
+def _check_stored(folder: Path, model: nn.Module, config: PreTrainedConfig):
     """Compares names and shapes of what was saved with those of a model that the saved configuration describes."""
     shapes, _ = _list_shapes(model, config)
     stored = {name: tensor.shape for name, tensor in CheckpointReader(folder).tensors.items()}
@@ -726,16 +796,17 @@ def build_model_card(name: str, content: dict) -> str:
         Markdown with the Hub's metadata in front.
     """
     is_tower = content["kind"] == "vision tower"
+    is_llava = content.get("architecture") == LlavaForConditionalGeneration.__name__
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction" if is_tower else "image-text-to-text",
         base_model=[source["name"] for source in content["sources"] if source["revision"]] or None,
         license=content.get("license"),
-        tags=["convnext"] if is_tower else ["convllava", "convnext", "llava", "multimodal"],
+        tags=["convnext"] if is_tower else [*([] if is_llava else ["convllava", "convnext"]), "llava", "multimodal"],
     )
+    package = "" if is_llava else "import convllava_hf\n"
     usage = f"""```python
-import convllava_hf
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{package}from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained("{name}")
@@ -749,9 +820,9 @@ inputs = processor.apply_chat_template(
 ).to(model.device)
 answer = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Without convllava-hf, leave its import out and pass `trust_remote_code=True` to both `from_pretrained`."""
+```"""
+    if not is_llava:
+        usage += "\n\nWithout convllava-hf, leave its import out and pass `trust_remote_code=True` to both calls."
     if is_tower:
         usage = "It is a `ConvNextModel` of transformers; `convllava init --vision` builds a model from it."
     rows = "\n".join(

@@ -7,6 +7,7 @@ and its image processor).
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,11 +116,11 @@ class Source:
 
 @dataclass
 class Tower:
-    """A vision tower under ConvNextModel's names, and how images are prepared for it: side of the square in pixels,
+    """A vision tower under the names of its class, and how images are prepared for it: side of the square in pixels,
     mean and standard deviation of values in 0..1, filter of `PIL.Image.Resampling`."""
 
     source: Source
-    config: ConvNextConfig
+    config: PreTrainedConfig
     image_size: int
     image_mean: list[float]
     image_std: list[float]
@@ -128,12 +129,26 @@ class Tower:
 
 @dataclass
 class LanguageModel:
-    """A language model under the names of ConvLlavaForConditionalGeneration; `embeddings` is its input table's."""
+    """A language model, with the projector if it has one, under the names of the new model.
+
+    Attributes:
+        source, config, tokenizer: the parts.
+        embeddings, head: names of the input table and of the output layer.
+        chat_template: name of its template, if the original says.
+        image_token: the placeholder; added to the tokenizer if it is not there.
+        image_tag: what the template writes for an image, if more than the placeholder.
+        finish_tokenizer: makes the last changes, when all tokens are there.
+    """
 
     source: Source
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     embeddings: str
+    head: str = "lm_head"
+    chat_template: str | None = None
+    image_token: str = "<image>"
+    image_tag: str | None = None
+    finish_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase] = lambda tokenizer: tokenizer
 
 
 def find_source(name: str | Path, revision: str | None, role: str, fix: str) -> Source:
@@ -180,6 +195,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def read_settings(settings: dict, keys: Sequence[str]) -> dict:
+    """Those of `settings` that are named in `keys` and are set."""
+    return {key: settings[key] for key in keys if settings.get(key) is not None}
+
+
 def read_tower(source: Source) -> Tower:
     """Reads a ConvNeXt tower of transformers, timm or open_clip.
 
@@ -203,8 +223,8 @@ def read_tower(source: Source) -> Tower:
     source.rename(table)
     settings = read_json(source.folder / ("open_clip_config.json" if table is OPEN_CLIP_CONVNEXT else "config.json"))
     if table is CONVNEXT:
-        config = ConvNextConfig(**{key: settings[key] for key in CONVNEXT_CONFIG_KEYS if key in settings})
-        return Tower(source, config, *_read_clip_processor(source.folder / "preprocessor_config.json"))
+        config = ConvNextConfig(**read_settings(settings, CONVNEXT_CONFIG_KEYS))
+        return Tower(source, config, *read_clip_processor(source.folder / "preprocessor_config.json"))
     if table is OPEN_CLIP_CONVNEXT:
         vision = settings.get("model_cfg", {}).get("vision_cfg", {})
         architecture, arguments = vision.get("timm_model_name"), {}
@@ -246,7 +266,7 @@ def _derive_convnext_config(source: Source, image_size: int) -> ConvNextConfig:
     )
 
 
-def _read_clip_processor(path: Path) -> tuple[int, list[float], list[float], int]:
+def read_clip_processor(path: Path) -> tuple[int, list[float], list[float], int]:
     """Reads a CLIPImageProcessor: side of the square in pixels, mean, standard deviation, filter."""
     settings = read_json(path)
     sides = [settings.get(key) for key in ("size", "crop_size")]
@@ -284,13 +304,13 @@ def read_llava(source: Source, config: dict) -> tuple[LanguageModel, str]:
         if config.get(key, default) != accepted:
             raise ConversionError(
                 f"config.json of {source.name} has {key} = {config.get(key)!r}; expected {accepted!r}, {meaning}. "
-                "Only checkpoints of ConvLLaVA can be converted."
+                "With a ConvNeXt tower only checkpoints of ConvLLaVA can be converted."
             )
     source.open()
     source.rename(CONVLLAVA)
-    text_config = LlamaConfig(**{key: config[key] for key in LLAMA_CONFIG_KEYS if config.get(key) is not None})
+    text_config = LlamaConfig(**read_settings(config, LLAMA_CONFIG_KEYS))
     limit = config.get("tokenizer_model_max_length")
-    tokenizer = _load_tokenizer(source, text_config, **({"model_max_length": limit} if limit else {}))
+    tokenizer = load_tokenizer(source, text_config, **({"model_max_length": limit} if limit else {}))
     model = LanguageModel(source, text_config, tokenizer, "model.language_model.embed_tokens.weight")
     return model, config.get("mm_projector_type", "linear")
 
@@ -322,10 +342,10 @@ def read_causal_lm(source: Source) -> LanguageModel:
     source.open()
     source.rename(table)
     embeddings = table.rename(f"{names[id(causal.get_input_embeddings())]}.weight")
-    return LanguageModel(source, config, _load_tokenizer(source, config), embeddings)
+    return LanguageModel(source, config, load_tokenizer(source, config), embeddings)
 
 
-def _load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the language model was trained with; it pads on the left, as generation needs.
 
     AutoTokenizer loses SentencePiece's leading space on a repository whose model_type is "llava" and whose tokenizer

@@ -175,6 +175,74 @@ CONVLLAVA = WeightMap(
 )
 
 
+# A vision transformer of CLIP or SigLIP, alone or in the repository of the whole model, as transformers saves it.
+# Which of these weights there are, the configuration says.
+NO_IMAGE_EMBEDDING = Dropped("not in the vision tower's features")
+VIT = WeightMap(
+    "a CLIP or SigLIP model",
+    {
+        **{
+            f"vision_model.{name}": f"vision_tower.vision_model.{name}"
+            for name in [
+                "embeddings.class_embedding",
+                "embeddings.position_embedding.weight",
+                *_affine("embeddings.patch_embedding", "pre_layrnorm", "post_layernorm"),
+                *(
+                    f"encoder.layers.{{l}}.{leaf}"
+                    for leaf in _affine(
+                        *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+                        *(f"self_attn.{projection}_proj" for projection in ("q", "k", "v", "out")),
+                    )
+                ),
+            ]
+        },
+        "vision_model.embeddings.position_ids": ROTARY_BUFFER,
+        "vision_model.head.{rest}": NO_IMAGE_EMBEDDING,
+        "text_model.{rest}": CLIP_TEXT,
+        **dict.fromkeys(["visual_projection.weight", "text_projection.weight"], NO_IMAGE_EMBEDDING),
+        **dict.fromkeys(["logit_scale", "logit_bias"], NO_IMAGE_EMBEDDING),
+    },
+)
+
+# The LLaVA family (LLaVA, LLaVAR, TinyLLaVA) into the names under which LlavaForConditionalGeneration is published.
+# Llama, Phi and StableLM differ in the leaves; which of them there are, the configuration says.
+LLAVA = WeightMap(
+    "a checkpoint of the LLaVA family",
+    {
+        "model.embed_tokens.weight": "language_model.model.embed_tokens.weight",
+        **{name: f"language_model.{name}" for name in _affine("model.norm", "model.final_layernorm", "lm_head")},
+        **{
+            f"model.layers.{{l}}.{leaf}": f"language_model.model.layers.{{l}}.{leaf}"
+            for leaf in [
+                *LLAMA_LAYER,
+                *("input_layernorm.bias", "post_attention_layernorm.bias"),
+                *_affine("self_attn.dense", "mlp.fc1", "mlp.fc2"),
+            ]
+        },
+        "model.layers.{l}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER,
+        **{
+            f"model.mm_projector.{name}": f"multi_modal_projector.{target}"
+            for name, target in {
+                **_pair(["weight", "bias"], _affine("linear_1")),
+                **_pair(_affine("0", "2"), _affine("linear_1", "linear_2")),
+            }.items()
+        },
+        "model.vision_tower.{rest}": Dropped("copy of the vision tower; the tower's own repository is read, as before"),
+    },
+)
+
+# LlavaForConditionalGeneration in memory, and as it is published: older versions and servers know the latter.
+LLAVA_PUBLISHED = WeightMap(
+    "transformers' llava",
+    {
+        "model.language_model.{rest}": "language_model.model.{rest}",
+        "lm_head.weight": "language_model.lm_head.weight",
+        "model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}",
+        "model.vision_tower.{rest}": "vision_tower.vision_model.{rest}",
+    },
+)
+
+
 def build_causal_lm_map(base: str, head: str) -> WeightMap:
     """Table of any causal language model of transformers into ConvLlavaForConditionalGeneration.
 

@@ -38,7 +38,7 @@ def test_placeholders_match_the_images_of_each_row(processor):
     [
         ("<image> and <image>", 1, "2 <image> tokens and 1 images"),
         ("no placeholder", 1, "0 <image> tokens and 1 images"),
-        ("<image>", 0, "no images were passed"),
+        ("<image>", 0, "1 <image> tokens and 0 images"),
     ],
 )
 def test_wrong_numbers_of_images_are_refused(processor, text, images, message):

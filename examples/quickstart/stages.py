@@ -309,7 +309,7 @@ def train_stage(model, processor, stage: Stage, rows: Dataset, output: str, seed
             weight_decay=0.0,
             max_length=None,  # a length limit would cut image tokens
             assistant_only_loss=True,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             bf16=False,  # TRL's default; most CPUs are hundreds of times slower in it
             use_cpu=True,
             dataloader_num_workers=1,  # the second core prepares the next batch

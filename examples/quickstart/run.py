@@ -23,8 +23,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow busy machines down
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-# transformers has a new name for it, which TRL's oldest supported version does not know.
-warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
 
 import torch
 from pages import IMAGE_TASKS, TASKS, ask, ask_in_words, make_pages
@@ -119,6 +117,8 @@ def main(
     Returns:
         What `results.json` holds.
     """
+    # transformers has a new name for it, which TRL's oldest supported version does not know.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
     clock, losses = Clock(), {}
     set_seed(seed)
     clock.start("drawing pages, training the tokenizer")

@@ -90,8 +90,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             num_tokens = sum(row.count(self.image_token) for row in ([text] if isinstance(text, str) else text))
             if num_images != num_tokens:
                 raise ValueError(
-                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of images: "
-                    f"found {num_tokens} {self.image_token} tokens and {num_images} images."
+                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
+                    f"images: found {num_tokens} {self.image_token} tokens and {num_images} images."
                 )
         outputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and (kwargs.get("truncation") or kwargs.get("text_kwargs", {}).get("truncation")):

@@ -19,10 +19,10 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = (
     ("configuration_convllava", "modeling_convllava", "image_processing_convllava", "processing_convllava"),
     ("weight_maps", "checkpoint_io", "sources", "llava_family", "metrics", "data", "plans", "sampling", "recipe_files"),
-    ("registration", "conversion", "inference", "hub", "adapters"),
+    ("registration", "conversion", "deltas", "inference", "hub", "adapters"),
     ("training", "evaluation"),
     ("cli_options",),
-    ("cli_data", "cli_training", "demo"),
+    ("cli_data", "cli_deltas", "cli_training", "demo"),
     ("cli",),
     ("__init__",),
 )

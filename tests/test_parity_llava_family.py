@@ -5,6 +5,7 @@ made. Nothing of this package runs the converted checkpoints: classes, processor
 
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from convllava_hf.conversion import convert_checkpoint
+from convllava_hf.deltas import apply_delta
 
 
 FEATURES, LOGITS, LOSS = 1e-4, 5e-4, 1e-4  # absolute tolerances
@@ -30,6 +32,8 @@ REFERENCE = Path(__file__).parent / "reference"
 # Family -> folder of the tower.
 TOWERS = {
     "llava_v1_5": "clip-vit-tiny-patch14-56",
+    "llava_v0_delta": "clip-vit-tiny-patch14",
+    "llavar": "clip-vit-tiny-patch14-70",
     "tinyllava": "tiny-siglip-so400m-patch14-384",
     "tinyllava_llama": "tiny-siglip-so400m-patch14-384",
     "tinyllava_stablelm": "tiny-siglip-so400m-patch14-384",
@@ -45,14 +49,18 @@ def read_expected(family):
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory):
-    """Converts a family once, as `convllava convert` does."""
+    """Converts a family once, as `convllava convert` does, after `convllava apply-delta` where there is a delta."""
     done = {}
 
     def convert(family):
         if family not in done:
             done[family] = tmp_path_factory.mktemp(family) / family
             folder = REFERENCE / family
-            convert_checkpoint(folder / "model", done[family], vision_tower=folder / TOWERS[family])
+            source = folder / "model"
+            if not source.exists():
+                source = done[family].with_name("merged")
+                apply_delta(folder / "base", folder / "delta", source)
+            convert_checkpoint(source, done[family], vision_tower=folder / TOWERS[family])
         return done[family]
 
     return convert
@@ -90,7 +98,7 @@ def open_image(family, name):
 
 
 def test_no_case_is_left_out():
-    assert len(list(list_cases("prompts"))) == 15 and len(list(list_cases("images"))) == 9
+    assert len(list(list_cases("prompts"))) == 25 and len(list(list_cases("images"))) == 13
 
 
 def check_pixels(exact, fast, expected, std):
@@ -131,6 +139,8 @@ def test_features(family, name, load):
     expected, tensors = read_expected(family)
     model, processor = load(family)
     pixel_values = processor.image_processor(open_image(family, name), return_tensors="pt")["pixel_values"]
+    if f"pixel_values_resize_image.{name}" in tensors:
+        pixel_values = tensors[f"pixel_values_resize_image.{name}"][None]
     stride = expected["pixel_values"][name]["feature_row_stride"] if "pixel_values" in expected else 1
     projected = torch.stack(list(model.get_image_features(pixel_values).pooler_output))[0, ::stride]
     torch.testing.assert_close(projected, tensors[f"projected_features.{name}"], rtol=0, atol=FEATURES)
@@ -153,7 +163,12 @@ def test_prompts_logits_and_answers(family, name, load):
     model, processor = load(family)
     prompt = next(prompt for prompt in expected["prompts"] if prompt["name"] == name)
     images = [open_image(family, image) for image in prompt["images"]]
-    inputs = processor(text=prompt["prompt"], images=images or None, return_tensors="pt")
+    text = re.sub(r"(<im_patch>)\*\d+", r"\1", prompt["prompt"])  # the processor repeats it
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    if prompt.get("preprocess") == "resize_image":
+        inputs["pixel_values"] = torch.stack(
+            [tensors[f"pixel_values_resize_image.{image}"] for image in prompt["images"]]
+        )
     ids = inputs["input_ids"][0].tolist()
     assert ids == expand(prompt["input_ids"], processor, model.config.image_seq_length)
     assert len(ids) == prompt["sequence_length"]

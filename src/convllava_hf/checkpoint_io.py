@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,12 +66,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor of the output: name, shape and dtype, known beforehand, and `load()`, which makes it in its turn."""
+    """A tensor of the output: name, shape and dtype, known beforehand, and `load()`, which makes it in its turn, as a
+    whole or in blocks of rows."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], torch.Tensor | Iterator[torch.Tensor]]
 
     @property
     def num_bytes(self) -> int:
@@ -281,7 +283,11 @@ class WrittenFile:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Sequence[TensorToWrite], max_shard_size: int, progress: tqdm | None = None
+    folder: Path,
+    tensors: Sequence[TensorToWrite],
+    max_shard_size: int,
+    progress: tqdm | None = None,
+    resume: bool = False,
 ) -> list[WrittenFile]:
     """Writes `model.safetensors`, or shards and their index, as transformers names them.
 
@@ -290,6 +296,7 @@ def write_checkpoint(
         tensors: what to write, in this order.
         max_shard_size: bytes of tensors per file; a larger tensor gets a file of its own.
         progress: counts the bytes written.
+        resume: keep the files that are there; each got its name when it was complete.
 
     Returns:
         The weight files.
@@ -305,14 +312,20 @@ def write_checkpoint(
             room = max_shard_size
         shards[-1].append(tensor)
         room -= tensor.num_bytes
+
+    def write(name: str, shard: list[TensorToWrite]) -> WrittenFile:
+        if resume and (folder / name).is_file():
+            return WrittenFile(name, (folder / name).stat().st_size, hash_file(folder / name, progress))
+        return _write_safetensors(folder / name, shard, progress)
+
     if len(shards) == 1:
-        return [_write_safetensors(folder / "model.safetensors", shards[0], progress)]
+        return [write("model.safetensors", shards[0])]
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     index = {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
         "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
-    written = [_write_safetensors(folder / name, shard, progress) for name, shard in zip(names, shards, strict=True)]
+    written = [write(name, shard) for name, shard in zip(names, shards, strict=True)]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return written
 
@@ -332,7 +345,8 @@ def _write_safetensors(path: Path, tensors: list[TensorToWrite], progress: tqdm 
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
 
         def write(block):
             file.write(block)
@@ -343,28 +357,39 @@ def _write_safetensors(path: Path, tensors: list[TensorToWrite], progress: tqdm 
         write(len(header).to_bytes(8, "little"))
         write(header)
         for tensor in tensors:
-            loaded = tensor.load()
-            if tuple(loaded.shape) != tensor.shape or loaded.dtype != tensor.dtype:
-                raise ConversionError(
-                    f"{tensor.name!r} came as {tuple(loaded.shape)} {loaded.dtype}; expected {tensor.shape} "
-                    f"{tensor.dtype}. The source changed while it was read; convert it again."
-                )
-            if loaded.numel():
-                write(memoryview(loaded.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            loaded, count = tensor.load(), 0
+            is_whole = isinstance(loaded, torch.Tensor)
+            for block in [loaded] if is_whole else loaded:
+                expected = tensor.shape if is_whole else (*block.shape[:1], *tensor.shape[1:])
+                _check_loaded(tensor, tuple(block.shape) == expected and block.dtype == tensor.dtype, block)
+                count += block.numel()
+                if block.numel():
+                    write(memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            _check_loaded(tensor, count == torch.Size(tensor.shape).numel(), block)
         file.flush()
         # Some file systems say that they are full only now.
         os.fsync(file.fileno())
+    unfinished.rename(path)
     return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())
 
 
+def _check_loaded(tensor: TensorToWrite, is_right: bool, block: torch.Tensor):
+    if not is_right:
+        raise ConversionError(
+            f"{tensor.name!r} came as {tuple(block.shape)} {block.dtype}; expected {tensor.shape} {tensor.dtype}. The "
+            "source changed while it was read; convert it again."
+        )
+
+
 @contextmanager
-def stage_output(output: Path, num_bytes: int, force: bool) -> Iterator[Path]:
+def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None = None) -> Iterator[Path]:
     """Gives an empty folder beside `output` and moves it there when the block ends well; else removes it.
 
     Args:
         output: where the result shall be. An empty folder counts as free.
         num_bytes: bytes that will be written.
         force: replace a model folder that is there. What is no model folder is never replaced.
+        resume: names the work that is done. Where it ends badly the folder stays, and the same name finds it again.
 
     Yields:
         The folder to write to.
@@ -375,17 +400,18 @@ def stage_output(output: Path, num_bytes: int, force: bool) -> Iterator[Path]:
     output = output.expanduser().resolve()
     check_output(output, force)
     replaced = output.exists() and any(output.iterdir())
-    mark = secrets.token_hex(4)
+    mark = resume or secrets.token_hex(4)
     staging = output.parent / f".{output.name}.incomplete-{mark}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
+        there = sum(path.stat().st_size for path in staging.glob("*")) if staging.exists() else 0
+        free = shutil.disk_usage(output.parent).free + there
         if free < num_bytes + SPARE_BYTES:
             raise ConversionError(
                 f"{output.parent} has {free / 1e9:.2f} GB free; expected {(num_bytes + SPARE_BYTES) / 1e9:.2f} GB. "
                 "Free some space or choose another --output."
             )
-        staging.mkdir()
+        staging.mkdir(exist_ok=resume is not None)
         yield staging
         if replaced:
             old = output.parent / f".{output.name}.replaced-{mark}"
@@ -405,11 +431,23 @@ def stage_output(output: Path, num_bytes: int, force: bool) -> Iterator[Path]:
             raise
         number = int(number)
         fix = "Free some space or choose another --output." if number in NO_SPACE else "Choose another --output."
-        raise ConversionError(
-            f"writing to {output.parent} failed: {os.strerror(number)}. {fix} Nothing was left under {output.name}."
-        ) from error
+        left = f"Nothing was left under {output.name}."
+        if resume:
+            left += f" What is finished lies in {staging.name}; the same command goes on from there."
+        raise ConversionError(f"writing to {output.parent} failed: {os.strerror(number)}. {fix} {left}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def measure_peak_memory() -> int | None:
+    """Largest resident memory of this process so far in bytes, or `None` where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_output(output: Path, force: bool):

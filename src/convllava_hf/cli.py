@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .cli_deltas import add_delta_commands
 from .cli_options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, print_error, report_errors
 from .cli_training import add_training_commands
 
@@ -243,13 +244,18 @@ def convert(
     vision_tower: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Hub id or folder of the tower. [default: as SOURCE says]")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a template. [default: what SOURCE was trained with]")
+    ] = None,
     dtype: StoredDtypeOption = "auto",
     revision: RevisionOption = None,
     vision_revision: Annotated[str | None, typer.Option(metavar="NAME", help="The same, of the tower.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
 ):
-    """Convert a released ConvLLaVA checkpoint, or a vision tower alone, exactly.
+    """Convert a released checkpoint of ConvLLaVA, LLaVA, LLaVAR or TinyLLaVA, or a vision tower alone, exactly.
+
+    With a ConvNeXt tower the result is a ConvLLaVA model; with CLIP or SigLIP it is a `llava` of transformers.
 
     Streams the weights into safetensors, adds the image token, writes everything that belongs to a checkpoint, and
     reads it back. Every tensor of the source is accounted for in DIR/conversion_report.json.
@@ -257,6 +263,7 @@ def convert(
     \b
     Examples:
       convllava convert ConvLLaVA/ConvLLaVA-sft-1536 --output ConvLLaVA-sft-1536-hf
+      convllava convert liuhaotian/llava-v1.5-7b --output llava-v1.5-7b-hf
       convllava convert ./llm --vision-tower ./vision --dtype float16 --output converted
       convllava convert ConvLLaVA/LAION-CLIP-ConvNeXt-Large-512 --output tower
     """
@@ -269,6 +276,7 @@ def convert(
             source,
             output,
             vision_tower=vision_tower,
+            chat_template=chat_template,
             revision=revision,
             vision_revision=vision_revision,
             dtype=dtype,
@@ -418,4 +426,5 @@ def read_lines(interactive: bool) -> Iterator[str]:
             return
 
 
+add_delta_commands(app)
 add_training_commands(app)

@@ -15,7 +15,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 import time
 import zlib
 from collections import Counter
@@ -44,6 +43,7 @@ from .checkpoint_io import (
     TensorToWrite,
     check_output,
     hash_file,
+    measure_peak_memory,
     parse_size,
     read_json,
     stage_output,
@@ -773,16 +773,6 @@ class _Writer:
             for path in source.reader.files
         ]
         return {"role": source.role, "name": source.name, "revision": source.revision, "files": files}
-
-
-def measure_peak_memory() -> int | None:
-    """Largest resident memory of this process so far in bytes, or `None` where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def build_model_card(name: str, content: dict) -> str:

@@ -3,21 +3,20 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from convllava_hf import checkpoint_io, deltas
+from convllava_hf.cli import app
 from convllava_hf.deltas import apply_delta, make_delta
 from convllava_hf.weight_maps import ConversionError
 
 
 REFERENCE = Path(__file__).parent / "reference"
-CONVLLAVA = Path(sys.executable).with_name("convllava")
 FAMILIES = ["llava_v0_delta", "llavar"]
 
 
@@ -245,15 +244,15 @@ def test_commands(tmp_path):
     folder = REFERENCE / "llavar"
 
     def run(*command):
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
+        return CliRunner().invoke(app, [str(part) for part in command])
 
     arguments = ["--base", folder / "base", "--output", tmp_path / "merged"]
-    result = run(CONVLLAVA, "apply-delta", *arguments, "--delta", folder / "delta")
-    assert result.returncode == 0, result.stderr
+    result = run("apply-delta", *arguments, "--delta", folder / "delta")
+    assert result.exit_code == 0, result.output
     assert "21 summed, 2 copied, 2 left out" in result.stdout
     assert hash_weights(tmp_path / "merged") == list_expected("llavar")
-    arguments = ["--base", folder / "base", "--target", tmp_path / "merged", "--output", tmp_path / "delta"]
-    result = run(CONVLLAVA, "make-delta", *arguments)
-    assert result.returncode == 0 and "all but 0 values" in result.stdout, result.stderr
-    wrong = run(CONVLLAVA, "make-delta", *arguments[:-1], folder / "base")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "overlap" in wrong.stderr
+    arguments = ["--base", folder / "base", "--target", tmp_path / "merged", "--output"]
+    result = run("make-delta", *arguments, tmp_path / "delta")
+    assert result.exit_code == 0 and "all but 0 values" in result.stdout, result.output
+    wrong = run("make-delta", *arguments, folder / "base")
+    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "overlap" in wrong.stderr

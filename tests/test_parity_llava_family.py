@@ -6,7 +6,9 @@ made. Nothing of this package runs the converted checkpoints: classes, processor
 import hashlib
 import json
 import re
+import shutil
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from transformers import (
 
 from convllava_hf.conversion import convert_checkpoint
 from convllava_hf.deltas import apply_delta
+from convllava_hf.llava_family import fit_to_corner
 
 
 FEATURES, LOGITS, LOSS = 1e-4, 5e-4, 1e-4  # absolute tolerances
@@ -124,6 +127,9 @@ def test_pixel_values(family, name, load, convert):
         values = ((u8.numpy() * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
         assert hashlib.sha256(values.tobytes()).hexdigest() == expected["pixel_values"][name]["sha256"]
         torch.testing.assert_close(pixels[0], torch.from_numpy(values), rtol=0, atol=1e-6)
+    if f"pixel_values_resize_image.{name}" in tensors:
+        pixels = exact(fit_to_corner(image, 70), return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pixels, tensors[f"pixel_values_resize_image.{name}"], rtol=0, atol=1e-6)
     for option in ("no_pad", "pad"):
         if f"pixel_values_{option}.{name}" in tensors:
             pixels = [
@@ -138,9 +144,10 @@ def test_pixel_values(family, name, load, convert):
 def test_features(family, name, load):
     expected, tensors = read_expected(family)
     model, processor = load(family)
-    pixel_values = processor.image_processor(open_image(family, name), return_tensors="pt")["pixel_values"]
+    image = open_image(family, name)
     if f"pixel_values_resize_image.{name}" in tensors:
-        pixel_values = tensors[f"pixel_values_resize_image.{name}"][None]
+        image = fit_to_corner(image, 70)
+    pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     stride = expected["pixel_values"][name]["feature_row_stride"] if "pixel_values" in expected else 1
     projected = torch.stack(list(model.get_image_features(pixel_values).pooler_output))[0, ::stride]
     torch.testing.assert_close(projected, tensors[f"projected_features.{name}"], rtol=0, atol=FEATURES)
@@ -163,6 +170,8 @@ def test_prompts_logits_and_answers(family, name, load):
     model, processor = load(family)
     prompt = next(prompt for prompt in expected["prompts"] if prompt["name"] == name)
     images = [open_image(family, image) for image in prompt["images"]]
+    if prompt.get("preprocess") == "resize_image":
+        images = [fit_to_corner(image, 70) for image in images]
     text = re.sub(r"(<im_patch>)\*\d+", r"\1", prompt["prompt"])  # the processor repeats it
     inputs = processor(text=text, images=images or None, return_tensors="pt")
     if prompt.get("preprocess") == "resize_image":
@@ -182,3 +191,141 @@ def test_prompts_logits_and_answers(family, name, load):
     torch.testing.assert_close(logits[:, :words], recorded[:, :words], rtol=0, atol=LOGITS)
     answer = model.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16)
     assert answer[0, len(ids) :].tolist() == prompt["greedy_tokens"]
+
+
+# ---- training
+
+# What TinyLLaVA's code trained on where it did not know a version: "###" between turns, whatever the template says. Its
+# recipes use none of these. A tokenizer without ChatML's tokens makes the original give up on `chatml_direct`. The v0
+# code's `sep_image_conv_front` put the image before the first role; no release was trained with it.
+NOT_REPRODUCED = {
+    *((family, "llava_llama_2") for family in TOWERS if family.startswith("tinyllava")),
+    ("tinyllava_llama", "v1_mmtag"),
+    ("llava_v1_5", "chatml_direct"),
+    ("llava_v0_delta", "v0_square_sep_image_conv_front"),
+}
+# Version of the original -> template; the others have the version's name. None: the one that the checkpoint carries.
+TEMPLATE_OF = {
+    "v1": "vicuna_v1",
+    "v0_square": None,
+    "v0_pad": None,
+    "llava_v1_pad": None,
+    "vicuna_v1_1_square": "vicuna_v1",
+}
+START_END = "<im_start><im_patch><im_end>"
+
+
+def list_versions():
+    for family in TOWERS:
+        training = read_expected(family)[0]["training"]
+        for version in training.get("legacy_false", training):
+            if (family, version) not in NOT_REPRODUCED:
+                yield pytest.param(family, version, id=f"{family}-{version}")
+
+
+def read_template(processor, version):
+    """The template of a version, with the checkpoint's tag for images."""
+    name = TEMPLATE_OF.get(version, version)
+    if name is None:
+        return processor.chat_template
+    template = files("convllava_hf").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    return f"{{%- set image_tag = '{START_END}' -%}}\n{template}" if processor.image_token == "<im_patch>" else template
+
+
+def encode(family, row, processor, template, **kwargs):
+    """Model inputs and labels of a row, through the call that TRL makes.
+
+    LLaVA v1.5 and TinyLLaVA put an image before the text of its turn; the v0 code leaves it where it is.
+    """
+    messages = []
+    for turn in row["conversations"]:
+        before, marker, after = turn["value"].partition("<image>")
+        content = [{"type": "text", "text": text} for text in (before, after) if text]
+        if marker:
+            image = {"type": "image", "image": open_image(family, row["image"])}
+            if processor.image_token == "<image>":
+                content = [image, {"type": "text", "text": (before + after).strip()}]
+            else:
+                content.insert(1 if before else 0, image)
+        messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": content})
+    inputs = processor.apply_chat_template(
+        [messages],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        **kwargs,
+    )
+    return inputs, inputs["input_ids"].masked_fill(inputs.pop("assistant_masks") == 0, -100)
+
+
+def check_labels(family, version, recorded, processor, image_tokens):
+    """Compares ids and labels of every sample; returns how many the original accepts."""
+    template, compared = read_template(processor, version), 0
+    rows = json.loads((REFERENCE / family / "train.json").read_text())
+    kwargs = {"original_masks": True} if "original_masks" in template else {}
+    for row, expected in zip(rows, recorded, strict=True):
+        if "error" in expected:  # captions of several rounds
+            assert version == "plain"
+            continue
+        inputs, labels = encode(family, row, processor, template, **kwargs)
+        assert inputs["input_ids"][0].tolist() == expand(expected["input_ids"], processor, image_tokens), row["id"]
+        pairs = zip(expected["input_ids"], expected["labels"], strict=True)
+        pairs = [label for token, label in pairs for _ in range(image_tokens if token == -200 else 1)]
+        assert labels[0].tolist() == pairs, row["id"]
+        compared += 1
+    return compared
+
+
+@pytest.mark.parametrize(("family", "version"), list(list_versions()))
+def test_labels(family, version, aligned_masks, load):
+    model, processor = load(family)
+    training = read_expected(family)[0]["training"]
+    recorded = training.get("legacy_false", training)[version]
+    compared = check_labels(family, version, recorded, processor, model.config.image_seq_length)
+    assert compared == (1 if version == "plain" else 3)
+
+
+def test_labels_with_a_legacy_tokenizer(aligned_masks, tmp_path):
+    """A checkpoint whose tokenizer puts the leading space after every special token, as those before v1.5."""
+    for part in ("model", TOWERS["llava_v1_5"]):
+        shutil.copytree(REFERENCE / "llava_v1_5" / part, tmp_path / part)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": True}))
+    convert_checkpoint(tmp_path / "model", tmp_path / "output", vision_tower=tmp_path / TOWERS["llava_v1_5"])
+    processor = AutoProcessor.from_pretrained(tmp_path / "output")
+    training = read_expected("llava_v1_5")[0]["training"]["legacy_true"]
+    for version in training:
+        if ("llava_v1_5", version) not in NOT_REPRODUCED:
+            check_labels("llava_v1_5", version, training[version], processor, 16)
+
+
+@pytest.mark.parametrize("family", ["llava_v0_delta", "llavar"])
+def test_by_default_answers_and_their_ends_are_trained_on(family, aligned_masks, load):
+    processor = load(family)[1]
+    row = json.loads((REFERENCE / family / "train.json").read_text())[1]
+    _, labels = encode(family, row, processor, processor.chat_template)
+    end = "###" if family == "llava_v0_delta" else "</s>"
+    answers = "".join(f" {turn['value']}{end}" for turn in row["conversations"] if turn["from"] == "gpt")
+    assert processor.decode(labels[labels != -100]).split() == answers.replace("</s>", "</s> ").split()
+
+
+# The original's loader cuts Phi's and StableLM's tables, its trainer does not: their losses count rows without words.
+LOSSES = [("llava_v1_5", "v1"), ("llava_v0_delta", "v0_square"), ("llavar", "llava_v1_pad"), ("tinyllava_llama", "v1")]
+
+
+@pytest.mark.parametrize(("family", "version"), LOSSES, ids=[family for family, _ in LOSSES])
+@torch.no_grad()
+def test_loss_of_a_batch(family, version, aligned_masks, load):
+    model, processor = load(family)
+    expected = read_expected(family)[0]["training_batch"]
+    template, losses, tokens = read_template(processor, version), 0.0, 0
+    words = read_expected(family)[1]["logits.text_only"].shape[1]  # without the rows that the conversion adds
+    for row in json.loads((REFERENCE / family / "train.json").read_text()):
+        kwargs = {"images_kwargs": {"do_pad": True}} if version.endswith("pad") else {}
+        inputs, labels = encode(family, row, processor, template, original_masks=True, processor_kwargs=kwargs)
+        logits = model(**inputs).logits[0, :-1, :words]
+        losses += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+        tokens += (labels[0, 1:] != -100).sum().item()
+    assert losses / tokens == pytest.approx(expected["loss"], abs=LOSS)

@@ -228,8 +228,8 @@ def check_pair(base: Source, other: Source, sign: int) -> set[str]:
         if buffers and (not source.reader.read(buffers[0]).any()) != is_delta:
             found, expected = ("other values than 0", "a delta") if is_delta else ("only zeros", "whole weights")
             raise ConversionError(
-                f"the {source.role} {source.name} has {found} in {buffers[0]!r}; expected {expected}. Check which folder "
-                "is which."
+                f"the {source.role} {source.name} has {found} in {buffers[0]!r}; expected {expected}. Check which "
+                "folder is which."
             )
     shared = {name for name in base.tensors if not name.endswith(ROTARY_BUFFER)}
     projectors = sorted(name for name in shared if name.startswith(PROJECTOR))

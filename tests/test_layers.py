@@ -18,7 +18,20 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     ("configuration_convllava", "modeling_convllava", "image_processing_convllava", "processing_convllava"),
-    ("weight_maps", "checkpoint_io", "sources", "llava_family", "metrics", "data", "plans", "sampling", "recipe_files"),
+    (
+        "weight_maps",
+        "checkpoint_io",
+        "sources",
+        "llava_family",
+        "metrics",
+        "llava_rows",
+        "data",
+        "mixture_files",
+        "data_page",
+        "plans",
+        "sampling",
+        "recipe_files",
+    ),
     ("registration", "conversion", "deltas", "inference", "hub", "adapters"),
     ("training", "evaluation"),
     ("cli_options",),
@@ -39,6 +52,8 @@ SIDEWAYS = {
     ("llava_family", "checkpoint_io"),
     ("llava_family", "sources"),
     ("conversion", "registration"),
+    ("data", "llava_rows"),
+    ("mixture_files", "data"),
 }
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are
 # requirements of transformers itself.

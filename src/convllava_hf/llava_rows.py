@@ -1,0 +1,274 @@
+"""Rows of LLaVA-format JSON: read one by one, made into messages, checked, cut.
+
+A row is `{"image": name or list of names, "conversations": [{"from": "human", "value": "<image> ..."}, {"from": "gpt",
+"value": ...}]}`; without `image` it is text only. ShareGPT4V, ALLaVA, LLaVA-Pretrain, LLaVA-Instruct, the mix of 665K,
+LLaVAR, Vision-Flan and TinyLLaVA all have this form. Rows are counted from 0, as in Python.
+
+Notation: `H, W` pixels.
+
+Source of the handling of turns and images: haotian-liu/LLaVA and alibaba/conv-llava, `llava/train/train.py`
+(`preprocess_multimodal`, `preprocess_v1`); SALT-NLP/LLaVAR keeps images where they stand.
+"""
+
+import codecs
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+
+IMAGE = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+BLOCK = 2**20  # bytes of JSON that are read at once
+LONGEST_ROW = 64 * 2**20  # characters; what has no end after so many is no row
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on.
+
+    Args:
+        kind: one of "malformed row", "unknown role", "turn order", "empty answer", "image count", "missing image",
+            "undecodable image", "row too long".
+        error: what is wrong with which value.
+    """
+
+    def __init__(self, kind: str, error: str):
+        super().__init__(f"{kind}: {error}")
+        self.kind, self.error = kind, error
+
+    def describe(self, file: Path, row: int) -> dict:
+        """The entry of a report."""
+        return {"file": str(file), "row": row, "kind": self.kind, "error": self.error}
+
+
+def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
+    """The rows of a JSON list, or of one JSON object per line, as text, in constant memory.
+
+    Args:
+        path: of the file, UTF-8.
+
+    Returns:
+        Pairs of the text of a row and the bytes that were read of the file so far.
+
+    Raises:
+        ValueError: the file is no such JSON, or ends early; names the row.
+    """
+    decode, scan = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    blank = re.compile(r"\s*").match
+    buffer, position, row, size, ended, is_list = "", 0, 0, 0, False, None
+    with open(path, "rb") as file:
+
+        def read_more() -> None:
+            nonlocal buffer, position, size, ended
+            # Rows that are longer than a block double what is read, or they would be scanned over and over.
+            block = file.read(max(BLOCK, len(buffer) - position))
+            size, ended = size + len(block), not block
+            try:
+                buffer, position = buffer[position:] + decode(block, ended), 0
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {row}: is not UTF-8 ({error.reason}); convert the file.") from error
+
+        def skip_blank() -> str:
+            nonlocal position
+            while True:
+                position = blank(buffer, position).end()
+                if position < len(buffer) or ended:
+                    return buffer[position : position + 1]
+                read_more()
+
+        is_list = skip_blank() == "["
+        if not is_list and buffer[position : position + 1] != "{":
+            raise ValueError(f"{path}: begins with {buffer[:20]!r}; expected a JSON list, or one JSON object per line.")
+        position += is_list
+        while True:
+            start = skip_blank()
+            if not start and not is_list:
+                return
+            if start == "]" and is_list and row == 0:
+                break
+            while True:
+                try:
+                    _, end = scan(buffer, position)
+                    if end < len(buffer) or ended:  # else a number might go on
+                        break
+                except json.JSONDecodeError as error:
+                    is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
+                    if ended or not is_cut or len(buffer) - position > LONGEST_ROW:
+                        what = "the file ends inside of it; is it complete?" if ended and is_cut else error.msg
+                        near = buffer[max(position, error.pos - 20) : error.pos + 20]
+                        raise ValueError(f"{path}, row {row}: no valid JSON near {near!r}: {what}") from error
+                read_more()
+            yield buffer[position:end], size
+            position, row = end, row + 1
+            if is_list:
+                delimiter = skip_blank()
+                position += 1
+                if delimiter == "]":
+                    break
+                if delimiter != ",":
+                    what = f"found {delimiter!r}" if delimiter else "the file ends; is it complete?"
+                    raise ValueError(f"{path}, after row {row - 1}: expected ',' or ']', but {what}")
+        if skip_blank():
+            raise ValueError(f"{path}: goes on after the end of the list, with {buffer[position : position + 20]!r}.")
+
+
+def convert_row(row: dict, image_placement: str = "front") -> tuple[list[dict], list[str], bool]:
+    """Makes messages of a row in LLaVA's form.
+
+    Args:
+        row: `conversations`, and `image` where it has any.
+        image_placement: see `Source`.
+
+    Returns:
+        `messages`, whose content is a list of `{"type": "image", "text": None}` and `{"type": "text", "text": ...}`;
+        names of the images in reading order; whether a first turn of the assistant was dropped, as the original does.
+
+    Raises:
+        BadRow: "malformed row" or "unknown role".
+    """
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("malformed row", f"expected an object with a list `conversations`, got {json.dumps(row)[:80]}")
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRow("malformed row", f"image={str(names)[:80]!r}; expected a name or a list of names")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadRow("malformed row", f"turn {number} is {str(turn)[:80]!r}; expected `from` and a text `value`")
+        role = ROLES.get(turn.get("from"))
+        if role is None:
+            raise BadRow("unknown role", f"{turn.get('from')!r} in turn {number}; expected human, gpt or system")
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError:
+            raise BadRow("malformed row", f"half a character (a lone surrogate) in turn {number}") from None
+        messages.append({"role": role, "content": split_content(turn["value"], image_placement)})
+    dropped = messages[0]["role"] == "assistant" and len(messages) > 1
+    return messages[dropped:], names, dropped
+
+
+def split_content(value: str, image_placement: str = "front") -> list[dict]:
+    """Splits the text of a turn at its images, so that our chat templates render it as it was.
+
+    They write an image before the first text as `<image>` and a line break, and a later one as `<image>`; an empty text
+    therefore stands in front of images that no line break follows.
+    """
+    if image_placement == "front" and value.count(IMAGE) == 1:
+        value = f"{IMAGE}\n{value.replace(IMAGE, '').strip()}".strip()
+    leading = re.match(f"(?:{IMAGE}\n)*", value).end()
+    image = {"type": "image", "text": None}
+    parts = [image] * (leading // len(IMAGE + "\n"))
+    first, *rest = value[leading:].split(IMAGE)
+    if first or rest or not parts:
+        parts = [*parts, {"type": "text", "text": first}]
+    for text in rest:
+        parts += [image, {"type": "text", "text": text}] if text else [image]
+    return parts
+
+
+def check_messages(messages: list[dict], num_images: int) -> None:
+    """Checks roles, order, answers and the number of images of a conversation.
+
+    Raises:
+        BadRow: "unknown role", "turn order", "empty answer" or "image count".
+    """
+    roles = [message["role"] for message in messages]
+    if unknown := set(roles) - set(ROLES.values()):
+        raise BadRow("unknown role", f"{sorted(unknown)[0]!r}; expected user, assistant or system")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if len(turns) % 2 or not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise BadRow("turn order", f"{' '.join(roles)[:80]}; expected user and assistant in turn, the assistant last")
+    placeholders = 0
+    for number, message in enumerate(messages):
+        parts = [{"type": "text", "text": p}] if isinstance(p := message["content"], str) else p
+        found = sum(part["type"] == "image" for part in parts)
+        if message["role"] == "assistant":
+            if found:
+                raise BadRow("image count", f"{IMAGE} in an answer (message {number}); expected it in questions alone")
+            if not "".join(part["text"] or "" for part in parts).strip():
+                raise BadRow("empty answer", f"message {number} is empty")
+        placeholders += found
+    if placeholders != num_images:
+        raise BadRow("image count", f"{num_images} images, but {IMAGE} stands {placeholders} times in the text")
+
+
+def find_image(name: str, root: Path | None) -> Path:
+    """The path of an image below its root.
+
+    Raises:
+        BadRow: "missing image", also where the name leaves the root.
+    """
+    if root is None:
+        raise BadRow("missing image", f"{name}: this source has no image root")
+    path = os.path.normpath(os.path.join(root, name))
+    if not path.startswith(os.path.join(os.path.normpath(root), "")):
+        raise BadRow("missing image", f"{name} lies outside of {root}; give a root that holds it")
+    if not os.path.isfile(path):
+        raise BadRow("missing image", f"{path} does not exist")
+    return Path(path)
+
+
+def read_image_size(image: Path | bytes, name: str, verify: str = "decode") -> tuple[int, int]:
+    """Height and width of an image, decoded as far as `verify` says: "decode" all of it, "header" the first bytes.
+
+    Raises:
+        BadRow: "undecodable image".
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            warnings.simplefilter("ignore")
+            size = opened.height, opened.width
+            if verify == "decode":
+                opened.draft("RGB", (1, 1))  # a JPEG at an eighth of its size: reads every byte, in a third of the time
+                opened.load()
+            return size
+    # Pillow raises whatever a broken file makes its decoders stumble over.
+    except Exception as error:
+        raise BadRow("undecodable image", f"{name}: {error or type(error).__name__}") from error
+
+
+def count_tokens(messages: list[dict], sizes: list[tuple[int, int]], processor) -> int:
+    """Tokens of a conversation, image tokens included, from the images' sizes `(H, W)` in pixels alone."""
+    text = processor.apply_chat_template(messages, tokenize=False)
+    counts = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    text, _ = processor.get_text_with_replacements([text], [processor.image_token * count for count in counts])
+    return len(processor.tokenizer(text[0])["input_ids"])
+
+
+def cut_messages(
+    messages: list[dict], sizes: list[tuple[int, int]], processor, max_length: int, long_rows: str = "error"
+) -> list[dict]:
+    """Cuts a conversation to a number of tokens by whole rounds from its end, so that no image is ever cut.
+
+    Args:
+        messages: of one row.
+        sizes: `(H, W)` of its images in pixels.
+        processor: of the checkpoint to train.
+        max_length: most tokens.
+        long_rows: "cut", or "error" for rows that are too long.
+
+    Returns:
+        The messages that stay; the images of rounds that go, go with them.
+
+    Raises:
+        BadRow: "row too long": the first round alone is, or `long_rows` is "error".
+    """
+    while (length := count_tokens(messages, sizes, processor)) > max_length:
+        rounds = sum(message["role"] == "assistant" for message in messages)
+        if rounds == 1 or long_rows == "error":
+            which = "its first round has" if long_rows == "cut" else "has"
+            raise BadRow("row too long", f"{which} {length} tokens, {len(sizes)} images included; at most {max_length}")
+        messages = messages[:-2]
+        sizes = sizes[: count_images(messages)]
+    return messages
+
+
+def count_images(messages: list[dict]) -> int:
+    return sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])

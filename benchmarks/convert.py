@@ -43,9 +43,9 @@ def list_tensors(model_class, config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def save_random(shapes: dict[str, tuple[int, ...]], folder: Path) -> list[int]:
+def save_random(shapes: dict[str, tuple[int, ...]], folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[int]:
     """Writes `.bin` shards and their index; returns the shards' sizes in bytes. Holds one shard in memory."""
-    noise = torch.randn(2**24, dtype=torch.float32).mul_(0.02).bfloat16()
+    noise = torch.randn(2**24, dtype=torch.float32).mul_(0.02).to(dtype)
     shards, room = [], 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()

@@ -80,6 +80,7 @@ VITS = {
     "siglip": SiglipVisionConfig,
     "siglip_vision_model": SiglipVisionConfig,
 }
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head"
 # How the code of 2023 writes an image where `mm_use_im_start_end` is set.
@@ -167,6 +168,18 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
             )
     source.open()
     source.rename(LLAVA)
+    layers = 1 if config.get("mm_projector_type", "linear") == "linear" else 2
+    if found := sum(f"multi_modal_projector.linear_{number}.weight" in source.targets for number in (1, 2)) - layers:
+        raise ConversionError(
+            f"{source.name} has a projector of {found + layers} linear layers; expected {layers}, as its config.json has "
+            f"mm_projector_type = {config.get('mm_projector_type')!r}. Correct config.json, or get both again."
+        )
+    # Without its files transformers makes a tokenizer of three words, and the tables would be cut to them.
+    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConversionError(
+            f"the tokenizer of {source.name} is missing; expected one of {', '.join(TOKENIZER_FILES)}. Get its files "
+            "again."
+        )
     config_class, keys, default_template = LANGUAGE_MODELS[config["architectures"][0]]
     renamed = {STABLELM_OLD_KEYS.get(key, key): value for key, value in config.items()}
     text_config = config_class(**read_settings(renamed, keys))

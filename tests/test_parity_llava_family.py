@@ -193,6 +193,25 @@ def test_prompts_logits_and_answers(family, name, load):
     assert answer[0, len(ids) :].tolist() == prompt["greedy_tokens"]
 
 
+@pytest.mark.parametrize("family", ["llava_v0_delta", "llavar"])
+@torch.no_grad()
+def test_ids_of_the_later_code(family, load):
+    """The code of v1.5 keeps the white space around `<im_start>` and `<im_end>`; on its ids the model is the same."""
+    expected, tensors = read_expected(family)
+    model, processor = load(family)
+    later = expected["later_code"]
+    ids = torch.tensor([expand(later["input_ids"], processor, model.config.image_seq_length)])
+    assert ids.shape[1] == later["sequence_length"]
+    images = [open_image(family, image) for image in later["images"]]
+    inputs = {"input_ids": ids, **processor.image_processor(images, return_tensors="pt")}
+    recorded = tensors["later_code.logits"]
+    logits = model(**inputs).logits[0, -len(recorded) :, : recorded.shape[1]]
+    torch.testing.assert_close(logits, recorded, rtol=0, atol=LOGITS)
+    inputs["attention_mask"] = torch.ones_like(ids)
+    answer = model.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16)
+    assert answer[0, ids.shape[1] :].tolist() == later["greedy_tokens"]
+
+
 # ---- training
 
 # What TinyLLaVA's code trained on where it did not know a version: "###" between turns, whatever the template says. Its

@@ -486,7 +486,7 @@ def _build_generation_config(text_config: PreTrainedConfig, tokenizer, chat_temp
     # `max_length`, which warns beside every `max_new_tokens`.
     ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    if chat_template == "chatml":
+    if chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
         ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     return GenerationConfig(
         bos_token_id=text_config.bos_token_id,

@@ -71,7 +71,7 @@ LANGUAGE_MODELS = {
 }
 VIT_CONFIG_KEYS = (
     *("attention_dropout", "hidden_act", "hidden_size", "image_size", "initializer_range", "intermediate_size"),
-    *("layer_norm_eps", "num_attention_heads", "num_channels", "num_hidden_layers", "patch_size", "projection_dim"),
+    *("layer_norm_eps", "num_attention_heads", "num_channels", "num_hidden_layers", "patch_size"),
 )
 # `model_type` of a tower's repository -> configuration of the tower.
 VITS = {
@@ -117,7 +117,6 @@ def read_vit(source: Source) -> Tower:
     if config_class is SiglipVisionConfig:
         config.num_hidden_layers -= 1
         config.vision_use_head = False
-        config.__dict__.pop("projection_dim", None)
         last = f"vision_tower.vision_model.encoder.layers.{config.num_hidden_layers}."
         for target in [target for target in source.targets if target.startswith(last)]:
             source.dropped[source.targets.pop(target)] = "last layer; the features are those before it"
@@ -171,8 +170,8 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
     layers = 1 if config.get("mm_projector_type", "linear") == "linear" else 2
     if found := sum(f"multi_modal_projector.linear_{number}.weight" in source.targets for number in (1, 2)) - layers:
         raise ConversionError(
-            f"{source.name} has a projector of {found + layers} linear layers; expected {layers}, as its config.json has "
-            f"mm_projector_type = {config.get('mm_projector_type')!r}. Correct config.json, or get both again."
+            f"{source.name} has a projector of {found + layers} linear layers; expected {layers}, as its config.json "
+            f"has mm_projector_type = {config.get('mm_projector_type')!r}. Correct config.json, or get both again."
         )
     # Without its files transformers makes a tokenizer of three words, and the tables would be cut to them.
     if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):

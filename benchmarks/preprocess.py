@@ -24,7 +24,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from report import describe_machine, print_machine, print_table, show_progress, write_json
+from machine import describe_machine, print_machine, print_table, show_progress, write_json
 
 
 # Smallest ratios, original to ours, that the project wants on one thread at 1536 pixels.

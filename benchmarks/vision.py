@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin: busy machines slow down by that
 
 import torch
-from report import describe_machine, print_machine, print_table, show_progress, write_json
+from machine import describe_machine, print_machine, print_table, show_progress, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextModel
 

@@ -1,6 +1,7 @@
 """What every test shares: no network, a Hugging Face home of its own, one torch thread per test process."""
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -21,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Shells start background jobs with Ctrl-C ignored, and the processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
 
 WORKER = """
 import json
+import os
+import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -54,21 +59,24 @@ def compare(kind, frozen):
     gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
     return max((gradients[name] - expected[name]).abs().max().item() for name in expected)
 
-results = {
-    f"{kind} {name}": compare(kind, name == "frozen") for kind in ("ddp", "fsdp2") for name in ("trained", "frozen")
-}
+results = {name: compare(sys.argv[1], name == "frozen") for name in ("trained", "frozen")}
 if rank == 0:
-    print(json.dumps(results))
+    print(json.dumps(results), flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # the threads of FSDP's streams on a CPU may still run, and abort an orderly exit
 """
 
 
-def test_one_rank_without_images(tmp_path):
-    """DDP and FSDP2, tower trained and frozen: gradients are the mean of those of the two batches in one process."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_one_rank_without_images(kind, tmp_path):
+    """Tower trained and frozen: gradients are the mean of those of the two batches in one process."""
+    if kind == "fsdp2" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, kind]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.strip().splitlines()[-1])
-    assert len(results) == 4 and max(results.values()) < 1e-6
+    assert len(results) == 2 and max(results.values()) < 1e-6

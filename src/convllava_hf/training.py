@@ -20,7 +20,7 @@ import transformers
 import trl
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import (
@@ -147,6 +147,16 @@ def describe_row(example: dict) -> str:
     return f"the row that begins {content[:60]!r} ({len(example.get('images') or [])} images)"
 
 
+class LossBarCallback(ProgressCallback):
+    """transformers' progress bar with the loss beside it, instead of a dictionary on a line of its own for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+        else:
+            super().on_log(args, state, control, logs, **kwargs)
+
+
 class CurvesCallback(TrainerCallback):
     """Draws loss and learning rate beside the checkpoints, at each save and at the end."""
 
@@ -219,6 +229,8 @@ class ConvLlavaTrainer(SFTTrainer):
             self.data_collator = self._build_collator()
         self._silence_padded_ids()
         self.add_callback(CurvesCallback())
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LossBarCallback())
 
     def _build_collator(self) -> ConvLlavaCollator:
         """Our collator with the settings of the one that TRL built."""

@@ -1,0 +1,331 @@
+"""What training costs: our trainer and model against stock TRL and stock transformers blocks, in one run.
+
+- Saved activations: what the backward pass of the tower keeps, counted on meta tensors, so every size costs nothing.
+  The peer is the same tower with transformers' own blocks, which cannot recompute their activations.
+- Gradients with and without recomputation are compared on a small tower, bit by bit.
+- Batches: rows per second, and the share of tokens that are padding, for random batches of `SFTTrainer` and for ours,
+  on rows with 7% text only and lengths as in LLaVA's instructions (log-normal), images padded to squares or native.
+- Workers: time to prepare a batch against the time of its step, as floats and as bytes.
+
+    python benchmarks/training.py                                  # a CPU: a small model, a few minutes
+    python benchmarks/training.py --text 1B --device cuda          # a GPU: random weights in the shape of a 1B model
+"""
+
+import argparse
+import copy
+import io
+import os
+import random
+import statistics
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin: busy machines slow down by that
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from machine import describe_machine, print_machine, print_table, show_progress, write_json
+from PIL import Image as PILImage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, ProgressCallback
+from trl import SFTTrainer
+
+from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaImageProcessor, ConvLlavaProcessor
+from convllava_hf.modeling_convllava import CHECKPOINTED_BLOCKS, ConvLlavaModel, set_trainable
+from convllava_hf.plans import get_trainable
+from convllava_hf.training import ConvLlavaTrainer, ConvLlavaTrainingArguments
+
+
+ACTIVATIONS = "Activations that the released tower keeps for the backward pass, float32"
+MEBIBYTE = 2**20
+TEXT_SHAPES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+TINY_VISION = {"depths": [1, 1, 2, 1, 1], "hidden_sizes": [16, 32, 64, 96, 128]}
+RELEASED_VISION = {"depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072]}
+TEXT_ONLY = 0.07
+
+
+def make_stock(tower: torch.nn.Module) -> torch.nn.Module:
+    """Gives a tower the blocks of transformers again, which keep all their activations."""
+    stock_of = {ours: stock for stock, ours in CHECKPOINTED_BLOCKS.items()}
+    for module in tower.modules():
+        module.__class__ = stock_of.get(type(module), type(module))
+    return tower
+
+
+def count_saved_bytes(tower: torch.nn.Module, side: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, without weights and the input."""
+    images = torch.empty(1, 3, side, side, device="meta")
+    known = {parameter.untyped_storage()._cdata for parameter in tower.parameters()} | {images.untyped_storage()._cdata}
+    kept, total = [], 0
+
+    def pack(tensor):
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            kept.append(tensor)  # a storage that is gone would lend its address to the next
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tower(images)
+    return total
+
+
+def measure_activations(sides: list[int], plan: str) -> list[dict]:
+    """Rows of the table of saved activations, for the released tower."""
+    rows = []
+    for side in sides:
+        config = ConvLlavaConfig(
+            vision_config=ConvNextConfig(num_stages=5, **RELEASED_VISION), text_config=LlamaConfig(vocab_size=32064)
+        )
+        saved = {}
+        for name in ("stock", "ours"):
+            with torch.device("meta"):
+                model = ConvLlavaModel(config).train()
+            tower = model.vision_tower
+            model.gradient_checkpointing_enable() if name == "ours" else make_stock(tower)
+            if plan == "stage 2":
+                for parameter_name, parameter in tower.named_parameters():
+                    parameter.requires_grad_("stages.2." in parameter_name or "stages.3." in parameter_name
+                                             or "stages.4." in parameter_name)  # fmt: skip
+            saved[name] = count_saved_bytes(tower, side)
+        rows.append(
+            {
+                "trained": plan,
+                "pixels": f"{side}x{side}",
+                "stock, MiB": f"{saved['stock'] / MEBIBYTE:.0f}",
+                "ours, MiB": f"{saved['ours'] / MEBIBYTE:.0f}",
+                "ours, of stock": f"1/{saved['stock'] / saved['ours']:.1f}",
+            }
+        )
+    return rows
+
+
+def compare_gradients(side: int = 256) -> float:
+    """Largest difference between gradients with and without recomputation, on a small tower."""
+    torch.manual_seed(0)
+    config = ConvLlavaConfig(
+        vision_config=ConvNextConfig(num_stages=5, layer_scale_init_value=1.0, **TINY_VISION),
+        text_config=LlamaConfig(vocab_size=32064, **TEXT_SHAPES["tiny"]),
+    )
+    model, images, gradients = ConvLlavaModel(config).train(), torch.randn(2, 3, side, side), []
+    tower = model.vision_tower
+    for recompute in (False, True):
+        model.gradient_checkpointing_enable() if recompute else model.gradient_checkpointing_disable()
+        tower.zero_grad()
+        tower(images).last_hidden_state.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in tower.parameters()])
+    return max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True))
+
+
+def build_parts(
+    options: argparse.Namespace, aspect: str
+) -> tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]:
+    """A model with random weights, and a processor whose tokens are bytes."""
+    specials = ["<pad>", "<image>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<image>", "<|im_start|>"],
+        padding_side="left",
+    )
+    torch.manual_seed(0)
+    config = ConvLlavaConfig(
+        vision_config=ConvNextConfig(num_stages=5, **(TINY_VISION if options.text == "tiny" else RELEASED_VISION)),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=4096, pad_token_id=0, **TEXT_SHAPES[options.text]
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    with torch.device(options.device):
+        model = ConvLlavaForConditionalGeneration(config)
+    template = files("convllava_hf").joinpath("chat_templates/chatml.jinja").read_text(encoding="utf-8")
+    size = {"height": options.side, "width": options.side}
+    image_processor = ConvLlavaImageProcessor(size=size, image_aspect_ratio=aspect, max_upscale=1.0)
+    return model, ConvLlavaProcessor(image_processor, tokenizer, chat_template=template)
+
+
+def make_rows(count: int, side: int) -> Dataset:
+    """Rows of one image and some turns: 7% without image, photographs of common shapes, log-normal lengths."""
+    rng, pictures = random.Random(0), []
+    noise = np.random.default_rng(0)
+    for width, height in ((4, 3), (3, 4), (16, 9), (1, 1), (3, 2), (2, 3)):
+        long = side * 4 // 3
+        size = (long * width // max(width, height), long * height // max(width, height))
+        file = io.BytesIO()
+        blocks = noise.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        PILImage.fromarray(blocks).resize(size, PILImage.BICUBIC).save(file, "JPEG", quality=90)
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    messages, images = [], []
+    for _ in range(count):
+        characters = min(1500, int(rng.lognormvariate(5.0, 0.8)))
+        messages.append(
+            [
+                {"role": "user", "content": "q" * (characters // 3)},
+                {"role": "assistant", "content": "a" * (characters - characters // 3)},
+            ]
+        )
+        images.append([] if rng.random() < TEXT_ONLY else [rng.choice(pictures)])
+    features = Features({"messages": [{"role": Value("string"), "content": Value("string")}], "images": List(Image())})
+    return Dataset.from_dict({"messages": messages, "images": images}, features=features)
+
+
+def build_trainer(options, variant: str, rows: Dataset, folder: str, **changes):
+    """A trainer: "stock" is TRL's with transformers' blocks, "ours" ours; both train what stage 2 trains."""
+    model, processor = build_parts(options, changes.pop("aspect", "pad"))
+    set_trainable(model, get_trainable(model.config, 2))
+    if variant == "stock":
+        make_stock(model.model.vision_tower)
+    arguments = ConvLlavaTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=options.batch,
+        max_steps=options.steps,
+        learning_rate=1e-4,
+        max_length=None,
+        assistant_only_loss=True,
+        use_cpu=options.device == "cpu",
+        bf16=options.device != "cpu",
+        logging_steps=10**9,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **changes,
+    )
+    cls = SFTTrainer if variant == "stock" else ConvLlavaTrainer
+    trainer = cls(model=model, processing_class=processor, train_dataset=rows, args=arguments)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def measure_training(options, rows: Dataset) -> list[dict]:
+    """Rows of the table of training: the same number of steps for every variant, by turns."""
+    variants = {
+        "stock TRL, stock blocks, random batches": ("stock", {}),
+        "ours, random batches": ("ours", {"group_by_modality_length": False}),
+        "ours, grouped": ("ours", {}),
+        "ours, grouped, native": ("ours", {"aspect": "native"}),
+        "ours, grouped, native, workers": ("ours", {"aspect": "native", "dataloader_num_workers": options.workers}),
+    }
+    measured = {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.repeats + 1):
+            for name, (variant, changes) in variants.items():
+                show_progress(f"{name}: round {turn} of {options.repeats}")
+                trainer = build_trainer(options, variant, rows, folder, **copy.deepcopy(changes))
+                padding, tokens = 0, 0
+                if options.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                trainer.train()
+                seconds = time.perf_counter() - start
+                peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+                if turn:
+                    for step, batch in enumerate(trainer.get_train_dataloader()):
+                        if step == options.steps:
+                            break
+                        tokens += batch["attention_mask"].numel()
+                        padding += (batch["attention_mask"] == 0).sum().item()
+                    measured[name].append((seconds, padding / tokens, tokens / options.steps, peak))
+    rows_out, base = [], None
+    for name, values in measured.items():
+        seconds = statistics.median(value[0] for value in values)
+        rate = options.steps * options.batch / seconds
+        base = base or rate
+        _, padding, tokens, peak = values[0]
+        row = {
+            "variant": name,
+            "rows/s": f"{rate:.2f}",
+            "of stock": f"{rate / base:.2f}",
+            "padding": f"{padding:.1%}",
+            "tokens per step": f"{tokens:.0f}",
+        }
+        rows_out.append(row if peak is None else {**row, "peak, GB": f"{peak / 1e9:.2f}"})
+    return rows_out
+
+
+def measure_collator(options, rows: Dataset) -> list[dict]:
+    """Rows of the table of the collator: preparing one batch in one process against one training step."""
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changes in (("floats", {"normalize_on_device": False}), ("bytes", {})):
+            show_progress(f"collator, {name}")
+            trainer = build_trainer(options, "ours", rows, folder, **changes)
+            examples = [[rows[i + j] for j in range(options.batch)] for i in range(0, 4 * options.batch, options.batch)]
+            times = []
+            for batch in examples + examples:
+                start = time.perf_counter()
+                prepared = trainer.data_collator([dict(row) for row in batch])
+                times.append(time.perf_counter() - start)
+            prepare = statistics.median(times)
+            trainer.create_optimizer()
+            trainer.current_gradient_accumulation_steps = 1
+            steps = []
+            for _ in range(4):
+                inputs = {key: value.clone() for key, value in prepared.items()}
+                start = time.perf_counter()
+                trainer.training_step(trainer.model, inputs)
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                steps.append(time.perf_counter() - start)
+            step = statistics.median(steps)
+            size = sum(value.numel() * value.itemsize for value in prepared.values())
+            table.append(
+                {
+                    "images as": name,
+                    "batch, MiB": f"{size / MEBIBYTE:.2f}",
+                    "prepare, ms": f"{prepare * 1e3:.1f}",
+                    "step, ms": f"{step * 1e3:.1f}",
+                    "share": f"{prepare / (prepare + step):.1%}",
+                    "workers to hide it": f"{prepare / step:.2f}",
+                }
+            )
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
+    parser.add_argument("--text", default="tiny", choices=list(TEXT_SHAPES), help="shape of the language model (tiny)")
+    parser.add_argument("--side", type=int, default=256, help="side of the square images in training, pixels (256)")
+    parser.add_argument("--sides", nargs="*", type=int, default=[512, 768, 1024, 1536], help="of the saved activations")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step (8)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per measurement (20)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds after one to warm up (3)")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of the last variant (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables to this file")
+    options = parser.parse_args(arguments)
+
+    machine = describe_machine(torch.get_num_threads())
+    activations = measure_activations(options.sides, "all") + measure_activations(options.sides, "stage 2")
+    difference = compare_gradients()
+    rows = make_rows(max(4, options.steps) * options.batch, options.side)
+    collator = measure_collator(options, rows)
+    training = measure_training(options, rows)
+    show_progress("")
+    print("# Training")
+    print_table(ACTIVATIONS, activations)
+    print(f"\nLargest difference between gradients with and without recomputation: {difference}")
+    print_table("Batches", training)
+    print_table("Collator", collator)
+    print_machine(machine)
+    tables = {"activations": activations, "gradients": difference, "batches": training, "collator": collator}
+    write_json(options.json, {"machine": machine, **tables})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The benchmarks run to their end on tiny work. What they measure is never asserted, only that it is there."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as its own folder sees it."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module
+
+
+def read_table(text: str, title: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table under a heading."""
+    lines = text.split(f"## {title}\n\n")[1].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+@pytest.mark.slow  # every variant has a process of its own, which imports everything
+def test_preprocess_compares_every_variant(load, capsys, tmp_path):
+    preprocess, file = load("preprocess"), tmp_path / "results.json"
+    preprocess.main(f"--cases 96x64 0.01 --batches 1 2 --batch-case 96x64 --side 128 --repeats 1 --json {file}".split())
+    text = capsys.readouterr().out
+
+    rows = read_table(text, "One image, to 128 pixels")
+    assert [(row["image"], row["variant"]) for row in rows] == [
+        (image, variant) for image in ("96x64", "0.01") for variant in preprocess.VARIANTS
+    ]
+    assert [row["images"] for row in read_table(text, "Batches of 96x64")[:: len(preprocess.VARIANTS)]] == ["1", "2"]
+    assert {row["pixels"] for row in read_table(text, "Images")} == {"96x64", "116x87"}
+    # Sides of 1536 pixels have targets, others do not.
+    assert "Targets" not in text
+
+    results = json.loads(file.read_text())
+    assert all(values["seconds"] > 0 for variants in results["images"].values() for values in variants.values())
+    differences = {(row["image"], row["variant"]): row["largest"] for row in results["differences"]}
+    for image in ("96x64", "0.01"):
+        assert differences[image, "ours"] < 2.5
+        assert differences[image, "ours, Pillow"] < 1e-3
+
+
+@pytest.mark.slow
+def test_training_compares_every_variant(load, capsys, tmp_path):
+    pytest.importorskip("trl", reason="training needs the extra `train`")
+    training, file = load("training"), tmp_path / "results.json"
+    training.main(f"--repeats 1 --steps 2 --batch 2 --side 64 --sides 64 --json {file}".split())
+    text = capsys.readouterr().out
+    assert [row["trained"] for row in read_table(text, training.ACTIVATIONS)] == [
+        "all",
+        "stage 2",
+    ]
+    assert len(read_table(text, "Batches")) == 5 and len(read_table(text, "Collator")) == 2
+    assert json.loads(file.read_text())["gradients"] == 0.0
+
+
+def test_preprocess_photographs_are_not_trivial_to_decode(load):
+    preprocess = load("preprocess")
+    assert preprocess.get_size("12") == (4000, 3000)
+    bits_per_pixel = len(preprocess.make_photograph(320, 240, 90)) * 8 / (320 * 240)
+    assert 1 < bits_per_pixel < 6
+
+
+def test_vision_measures_every_tower(load, capsys, tmp_path):
+    vision, file = load("vision"), tmp_path / "results.json"
+    tiny = "--device cpu --depths 1 1 1 1 1 --widths 8 16 16 16 32 --resolutions 64 128 --native-side 128"
+    vision.main(f"{tiny} --channels-last --repeats 1 --matmul 64 --json {file}".split())
+    text = capsys.readouterr().out
+
+    work = read_table(text, "Work")
+    assert [row["tokens"] for row in work] == ["1", "4", "64", "144", "256", "576", "576"]
+    assert work[-1]["tower"].startswith("CLIP") and work[-1]["TFLOP"] == "0.382"
+    times = read_table(text, "Time and memory")
+    assert [row["tower"] for row in times] == ["ours", "stock", "ours, channels_last"] * 2
+    ratios = read_table(text, "Work by aspect ratio, 1536 pixels")
+    assert [row["tokens"] for row in ratios] == ["576", "432", "540", "576", "336", "576", "576", "408", "560"]
+    assert len(read_table(text, "Time by aspect ratio, 128 pixels")) == 9
+    results = json.loads(file.read_text())
+    assert all(entry["difference"] < 1e-3 for entry in results["times"])
+
+
+def test_vision_counts_the_released_tower(load):
+    """The work of the released tower, from its shapes alone: the number that README.md compares with others."""
+    vision = load("vision")
+    with torch.device("meta"):
+        tower = vision.build_vision_tower(vision.ConvLlavaConfig())
+    assert round(vision.count_flops(tower, 1536, 1536) / vision.TERA, 2) == 3.78

@@ -197,6 +197,7 @@ def build_dataset(
     work = output.with_name(output.name + UNFINISHED)
     report = DataReport(settings=_describe_build(sources, settings))
     _prepare_folder(output, work, report.settings, force)
+    report.counts = {source.name: {"read": 0, "skipped": 0, "written": 0} for source in sources}
     total = sum(source.json.stat().st_size for source in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc="building", disable=not show_progress) as bar:
         tasks = _cut_shards(sources, work, settings, bar)
@@ -204,8 +205,6 @@ def build_dataset(
             report.add(source, counts, bad_rows)
             bar.set_postfix(rows=report.totals.get("written", 0), skipped=report.totals.get("skipped", 0))
     report.bad_rows.sort(key=lambda bad: (bad["file"], bad["row"]))
-    for source in sources:
-        report.counts.setdefault(source.name, {"read": 0, "skipped": 0, "written": 0})
     if not report.totals.get("written"):
         raise ValueError(f"no row is left to train on.\n{report.summary()}")
     _finish(report, sources, work, output, force)

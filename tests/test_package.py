@@ -24,6 +24,7 @@ EXTRAS = {"train", "demo", "eval", "flash-attn", "quantization", "dev"}
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "yaml": "pyyaml"}
 # transformers requires these itself and fixes their versions better than we could.
 THROUGH_TRANSFORMERS = {"numpy", "packaging", "pyyaml", "tokenizers"}
+THROUGH_DATASETS = {"pyarrow"}
 HEAVY = {"torch", "torchvision", "transformers", "datasets", "trl", "peft", "timm", "gradio", "numpy"}
 
 
@@ -121,6 +122,8 @@ def test_installed_versions_are_supported(setup_cfg):
 )
 def test_every_import_is_declared(setup_cfg, folder, extras):
     declared = {name.lower() for name in read_requirements(setup_cfg, *extras)} | THROUGH_TRANSFORMERS
+    if "datasets" in declared:
+        declared |= THROUGH_DATASETS
     paths = [path for path in (ROOT / folder).rglob("*.py") if "reference" not in path.parts]
     own = {"convllava_hf", "conftest", *(path.stem for path in paths), *(path.parent.name for path in paths)}
     for path in paths:
@@ -189,7 +192,7 @@ def test_wheel_holds_the_package_data(tmp_path):
         packed = set(archive.namelist())
     expected = {
         path.relative_to(ROOT / "src").as_posix()
-        for pattern in ("*.py", "chat_templates/*", "recipes/*.yaml")
+        for pattern in ("*.py", "chat_templates/*", "mixtures/*.yaml", "recipes/*.yaml")
         for path in (ROOT / "src" / "convllava_hf").glob(pattern)
         if path.is_file()
     }

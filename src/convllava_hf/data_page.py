@@ -135,7 +135,7 @@ def render_tokens(row: dict, images: list[Image.Image], processor) -> tuple[str,
             spans.append(f'<span class="image">{end - start} image tokens</span>')
         else:
             kind = "loss" if trained[start] else "none"
-            texts = split_tokens(ids[start:end], processor.tokenizer)
+            texts = split_tokens(ids, start, end, processor.tokenizer)
             spans += [f'<span class="{kind}">{html.escape(text)}</span>' for text in texts]
         start = end
     return "".join(spans), f"{len(ids)} tokens, {sum(trained)} of them carry loss"
@@ -160,13 +160,12 @@ def encode_row(row: dict, images: list[Image.Image], processor) -> tuple[list[in
     return encoded["input_ids"][0].tolist(), encoded["assistant_masks"][0].tolist()
 
 
-def split_tokens(ids: list[int], tokenizer) -> Iterator[str]:
-    """Texts of tokens; tokens that are parts of one character stay together."""
-    start = 0
-    for end in range(1, len(ids) + 1):
+def split_tokens(ids: list[int], start: int, stop: int, tokenizer) -> Iterator[str]:
+    """Texts of the tokens `ids[start:stop]`; tokens that are parts of one character stay together."""
+    for end in range(start + 1, stop + 1):
         before = ids[max(0, start - WINDOW) : start]
         text = tokenizer.decode(before + ids[start:end])[len(tokenizer.decode(before)) :]
-        if text.endswith("\ufffd") and end < len(ids) and end - start < WINDOW:
+        if text.endswith("\ufffd") and end < stop and end - start < WINDOW:
             continue
         yield text
         start = end

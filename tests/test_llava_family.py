@@ -327,6 +327,12 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(parts, damage, message)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
 
 
+def test_converted_checkpoints_are_not_converted_again(parts):
+    convert(parts)
+    with pytest.raises(ConversionError, match=r"converted already \(its model_type is 'llava'\)"):
+        convert_checkpoint(parts / "output", parts / "again")
+
+
 def test_an_unknown_template_is_refused_first(parts):
     with pytest.raises(ConversionError, match="chat_template='vicuna'; expected one of chatml, chatml_direct, .*phi"):
         convert(parts, chat_template="vicuna")

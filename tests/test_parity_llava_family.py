@@ -23,10 +23,12 @@ from transformers import (
     LlavaImageProcessor,
     LlavaImageProcessorPil,
     LlavaProcessor,
+    LogitsProcessorList,
 )
 
 from convllava_hf.conversion import convert_checkpoint
 from convllava_hf.deltas import apply_delta
+from convllava_hf.inference import answer
 from convllava_hf.llava_family import fit_to_corner
 
 
@@ -191,6 +193,27 @@ def test_prompts_logits_and_answers(family, name, load):
     torch.testing.assert_close(logits[:, :words], recorded[:, :words], rtol=0, atol=LOGITS)
     answer = model.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16)
     assert answer[0, len(ids) :].tolist() == prompt["greedy_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_of_llava_v0_end_at_the_separator(stream, load):
+    model, processor = load("llava_v0_delta")
+    said = processor.tokenizer("A # disc.###Human: More", add_special_tokens=False)["input_ids"]
+
+    def say(ids, scores):
+        scores[:, said[ids.shape[1] - length]] = 1e4
+        return scores
+
+    def ask(**kwargs):
+        return answer(model, processor, "What is it?", max_new_tokens=len(said), **kwargs)
+
+    length = ask(stream=True).stats.prompt_tokens
+    found = ask(logits_processor=LogitsProcessorList([say]), stream=stream)
+    if not stream:
+        assert found == "A # disc."
+        return
+    assert "".join(found) == "A # disc." and found.stats.finish_reason == "stop"
+    assert found.stats.new_tokens < len(said)
 
 
 @pytest.mark.parametrize("family", ["llava_v0_delta", "llavar"])

@@ -183,8 +183,9 @@ def convert_checkpoint(
         _read_chat_template(chat_template)
     main = find_source(source, revision, "language model", "Pass a Hub id or a folder.")
     config = read_json(main.folder / "config.json") if (main.folder / "config.json").is_file() else {}
-    if config.get("model_type") == "convllava":
-        raise ConversionError(f"{main.name} is converted already (its model_type is 'convllava'); use it as it is.")
+    if config.get("model_type") == "convllava" or {"text_config", "vision_config"} <= config.keys():
+        kind = config.get("model_type")
+        raise ConversionError(f"{main.name} is converted already (its model_type is {kind!r}); use it as it is.")
     if "mm_vision_tower" not in config:
         if vision_tower is not None:
             raise ConversionError(

@@ -46,6 +46,8 @@ MAX_DOWNLOAD_BYTES = 64 * 2**20
 # Longer sides are shrunk to this: square padding of a 65,535 x 1 image would take 13 GB, and models see far less.
 MAX_SIDE = 16384
 DEFAULT_NEW_TOKENS = 512
+# What ends a turn in the chat templates that have no token for it.
+TEXT_END = "###"
 # The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.
 UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 ImageSource = str | Path | bytes | Image.Image
@@ -395,8 +397,8 @@ class _TextPieces(BaseStreamer):
     White space around the answer is dropped, and half a character waits for its other tokens.
     """
 
-    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float):
-        self.tokenizer, self.queue, self.stats, self.started = tokenizer, queue, stats, started
+    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float, end: str):
+        self.tokenizer, self.queue, self.stats, self.started, self.end_of_turn = tokenizer, queue, stats, started, end
         self.tokens, self.length, self.in_prompt = [], 0, True
 
     def put(self, value):
@@ -407,10 +409,11 @@ class _TextPieces(BaseStreamer):
             self.stats.seconds_to_first_token = time.perf_counter() - self.started
         self.tokens += value.flatten().tolist()
         self.stats.new_tokens = len(self.tokens)
-        self._emit(_decode_tokens(self.tokenizer, self.tokens).rstrip("\N{REPLACEMENT CHARACTER}").rstrip())
+        text = _decode_tokens(self.tokenizer, self.tokens, self.end_of_turn).rstrip("\N{REPLACEMENT CHARACTER}")
+        self._emit(text.rstrip(self.end_of_turn).rstrip())  # the beginning of an end waits too
 
     def end(self):
-        self._emit(_decode_tokens(self.tokenizer, self.tokens))
+        self._emit(_decode_tokens(self.tokenizer, self.tokens, self.end_of_turn))
 
     def _emit(self, text: str):
         if len(text) > self.length:
@@ -426,15 +429,16 @@ class _StopWhenSet(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def _decode_tokens(tokenizer, tokens) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+def _decode_tokens(tokenizer, tokens, end: str) -> str:
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    return text.removesuffix(end).rstrip()
 
 
-def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float) -> Iterator[str]:
+def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float, end: str) -> Iterator[str]:
     """Runs generate() in a thread and yields its text; closing the generator ends the thread."""
     queue, stop, item = SimpleQueue(), Event(), ""
     criteria = [*(arguments.get("stopping_criteria") or []), _StopWhenSet(stop)]
-    streamer = _TextPieces(tokenizer, queue, stats, started)
+    streamer = _TextPieces(tokenizer, queue, stats, started, end)
 
     def generate():
         try:
@@ -460,6 +464,7 @@ def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, starte
             ends = model.generation_config.eos_token_id
             cut = stats.new_tokens >= arguments["generation_config"].max_new_tokens
             cut = cut and streamer.tokens[-1] not in (ends if isinstance(ends, list) else [ends])
+            cut = cut and not (end and tokenizer.decode(streamer.tokens).endswith(end))
             stats.finish_reason = "length" if cut else "stop"
 
 
@@ -539,10 +544,13 @@ def answer(
     )
     arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
     arguments |= {"generation_config": config, **inputs.to(model.device, model.dtype)}
+    end = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
+    if end:
+        arguments |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
     if stream:
-        return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started), messages, stats)
+        return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started, end), messages, stats)
     new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)
-    return _decode_tokens(processor.tokenizer, new_tokens)
+    return _decode_tokens(processor.tokenizer, new_tokens, end)
 
 
 def _load_history(message: dict) -> dict:

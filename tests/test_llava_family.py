@@ -123,6 +123,7 @@ def test_siglip_from_the_whole_repository_is_the_same(parts):
     folder = REFERENCE / "tinyllava"
     for name in (SIGLIP, f"full-{SIGLIP}"):
         convert_checkpoint(folder / "model", parts / name, vision_tower=folder / name)
+    assert "is_local" not in (parts / SIGLIP / "tokenizer_config.json").read_text()
     weights = [load_file(parts / name / "model.safetensors") for name in (SIGLIP, f"full-{SIGLIP}")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -608,6 +608,8 @@ def _write_model(
     def save(folder: Path):
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
+        for transient in ("is_local", "local_files_only"):  # how the tokenizer was loaded is none of its settings
+            tokenizer.init_kwargs.pop(transient, None)
         processor.save_pretrained(folder)
         if model_class is ConvLlavaForConditionalGeneration:
             for name in HUB_FILES:

@@ -1,0 +1,67 @@
+"""The examples that train, run as a reader runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from accelerate.commands.config.config_args import load_config_from_file
+from packaging.version import Version
+from PIL import Image
+from tiny_checkpoint import save_tiny_checkpoint
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+needs_masks = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
+)
+
+
+@needs_masks
+@pytest.mark.timeout(280)
+def test_three_stages(tmp_path):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+    }
+    script = [str(EXAMPLES / "three_stages.sh"), str(tmp_path / "out")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in (1, 2, 3):
+        assert (tmp_path / "out" / f"stage{stage}" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "stage3" / "training_curves.png").is_file()
+    assert done.stdout.strip().splitlines()[-1].startswith("the model: ")
+
+
+@needs_masks
+def test_finetune_lora(tmp_path, monkeypatch, capsys):
+    checkpoint = save_tiny_checkpoint(tmp_path / "tiny")
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "page.png")
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+    text = [{"from": "human", "value": "And without?"}, {"from": "gpt", "value": "None."}]
+    rows = [{"id": "1", "image": "page.png", "conversations": turns}, {"id": "2", "conversations": text}]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    script = EXAMPLES / "finetune_lora.py"
+    assert len(script.read_text().splitlines()) < 120
+    arguments = (
+        f"--model {checkpoint} --llava-json {tmp_path}/my.json --image-root {tmp_path} --output {tmp_path}/tuned"
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments.split(), "--epochs", "1", "--rank", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "the adapter: " in capsys.readouterr().out
+    assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "tuned" / "training_curves.png").is_file()
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_the_configurations(file):
+    config = load_config_from_file(str(file))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "multi_node": "FSDP"}
+    assert config.distributed_type == kinds.get(file.stem, "DEEPSPEED")
+    assert config.num_machines == (2 if file.stem == "multi_node" else 1)
+    assert f"examples/accelerate/{file.name}" in file.read_text()

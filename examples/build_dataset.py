@@ -2,7 +2,7 @@
 
     python examples/build_dataset.py --llava-json my.json --image-root images --output data [--model CHECKPOINT]
 
-Rows that cannot be trained on are named and left out. With a checkpoint, rows that are longer than 2048 tokens are cut by
+Rows that cannot be trained on are named and left out. With a checkpoint, rows of more than 2048 tokens are cut by
 whole rounds, and the page shows in colour which tokens carry loss. The same from the command line: `convllava data`.
 """
 

@@ -39,6 +39,9 @@ from .llava_rows import (
 
 
 REPORT, STATE, UNFINISHED = "build_report.json", ".build", ".partial"
+# A folder of this name makes everything in it the split, whatever the files are called. (`configs` in a README would do
+# as well, but `datasets` would then take one dataset for another of the same folder name that it has in its cache.)
+SPLIT = "train"
 SHARD_ROWS = {"bytes": 1000, "paths": 5000}
 GROUP_ROWS, GROUP_BYTES = 250, 32 * 2**20  # of a row group: what a reader and a writer hold at once
 
@@ -50,7 +53,7 @@ class Source:
     Args:
         json: a JSON list, or one JSON object per line.
         image_root: folder that the rows' names are relative to; `None` for text alone.
-        name: of the source, and of its configuration in the dataset; default: the stem of `json`.
+        name: of the source, which its files begin with; default: the stem of `json`.
         weight: how often every row is used; 0.5 takes every second row.
         rows: how many rows the file must have; `None`: any number.
         rows_tolerance: by how much that may be missed, as a share.
@@ -161,8 +164,8 @@ def build_dataset(
 ) -> DataReport:
     """Builds a dataset that `datasets.load_dataset(output)` reads, streaming too, and that TRL trains on.
 
-    Each source is a configuration of its own as well: `load_dataset(output, "llava_pretrain")`. Everything is written
-    to `output` + ".partial" and renamed at the end; an interrupted build goes on from its last finished shards.
+    Everything is written to `output` + ".partial" and renamed at the end; an interrupted build goes on from its last
+    finished shards. One source alone: `load_dataset(output, data_files="train/NAME-*.parquet")`.
 
     Args:
         sources: or pairs of a JSON file and an image root.
@@ -206,8 +209,8 @@ def build_dataset(
             bar.set_postfix(rows=report.totals.get("written", 0), skipped=report.totals.get("skipped", 0))
     report.bad_rows.sort(key=lambda bad: (bad["file"], bad["row"]))
     if not report.totals.get("written"):
-        raise ValueError(f"no row is left to train on.\n{report.summary()}")
-    _finish(report, sources, work, output, force)
+        raise ValueError(f"no row is left to train on; mend them and start anew with --force.\n{report.summary()}")
+    _finish(report, work, output, force)
     return report
 
 
@@ -267,6 +270,7 @@ def _prepare_folder(output: Path, work: Path, description: dict, force: bool) ->
             )
         return
     file.parent.mkdir(parents=True)
+    (work / SPLIT).mkdir()
     _write_json(file, description)
 
 
@@ -280,13 +284,13 @@ def _write_json(path: Path, content: dict) -> None:
 @dataclass
 class _Shard:
     source: Source
-    path: Path  # of the parquet file; its report lies in the folder STATE beside it
+    path: Path  # of the parquet file
     first_row: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # text of the row, how often it is used
 
     @property
     def report(self) -> Path:
-        return self.path.parent / STATE / f"{self.path.stem}.json"
+        return self.path.parents[1] / STATE / f"{self.path.stem}.json"
 
 
 def _cut_shards(sources: list[Source], work: Path, settings: Settings, bar: tqdm) -> Iterator[_Shard]:
@@ -296,7 +300,7 @@ def _cut_shards(sources: list[Source], work: Path, settings: Settings, bar: tqdm
         for text, size in iterate_json(source.json):
             if shard is None:
                 index = number // settings.shard_rows
-                shard = _Shard(source, work / f"{source.name}-{index:05}.parquet", number)
+                shard = _Shard(source, work / SPLIT / f"{source.name}-{index:05}.parquet", number)
             # Spreads what a weight leaves out or repeats evenly, and exactly.
             copies = math.floor((number + 1) * source.weight + 1e-9) - math.floor(number * source.weight + 1e-9)
             shard.rows.append((text, copies))
@@ -334,7 +338,7 @@ def _run_shards(tasks: Iterable[_Shard], settings: Settings, num_proc: int, on_e
     keep = on_error == "skip"
     if num_proc <= 1:
         for shard in tasks:
-            yield collect(shard, [] if _is_done(shard) else _build_shard(shard, settings, keep))
+            yield collect(shard, [] if _is_done(shard, keep) else _build_shard(shard, settings, keep))
         return
     # Other ways of starting a process import the caller's script once more.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
@@ -342,7 +346,7 @@ def _run_shards(tasks: Iterable[_Shard], settings: Settings, num_proc: int, on_e
     running: dict = {}
     try:
         for shard in tasks:
-            if _is_done(shard):
+            if _is_done(shard, keep):
                 yield collect(shard, [])
                 continue
             running[pool.submit(_build_in_worker, shard)] = replace(shard, rows=[])
@@ -381,10 +385,11 @@ def _build_in_worker(shard: _Shard) -> list[dict]:
     return _build_shard(shard, *_worker_settings)
 
 
-def _is_done(shard: _Shard) -> bool:
+def _is_done(shard: _Shard, keep: bool) -> bool:
+    """Whether a shard is whole, and, unless bad rows are to be left out, without them."""
     try:
-        counts = json.loads(shard.report.read_text(encoding="utf-8"))["counts"]
-        return pq.read_metadata(shard.path).num_rows == counts["written"]
+        report = json.loads(shard.report.read_text(encoding="utf-8"))
+        return pq.read_metadata(shard.path).num_rows == report["counts"]["written"] and (keep or not report["bad_rows"])
     except (OSError, ValueError, KeyError):  # a machine that lost power may have left either file empty
         return False
 
@@ -459,17 +464,8 @@ def _make_row(row: dict, source: Source, settings: Settings, counts: Counter) ->
     return {"messages": messages, "images": images}
 
 
-def _finish(report: DataReport, sources: list[Source], work: Path, output: Path, force: bool) -> None:
-    """Writes report and card, and gives the folder its final name."""
-    for path in [path for path in work.glob("*.parquet") if pq.read_metadata(path).num_rows == 0]:
-        path.unlink()
-    named = [source.name for source in sources if report.counts[source.name].get("written")]
-    configs = ["- config_name: default", '  data_files: "*.parquet"']
-    if len(named) > 1:
-        for name in named:
-            configs += [f"- config_name: {name}", f'  data_files: "{name}-[0-9][0-9][0-9][0-9][0-9].parquet"']
-    card = ["---", "configs:", *configs, "---", "", "Built by `convllava data build`.", "", report.summary(0), ""]
-    (work / "README.md").write_text("\n".join(card), encoding="utf-8")
+def _finish(report: DataReport, work: Path, output: Path, force: bool) -> None:
+    """Writes the report, and gives the folder its final name."""
     _write_json(work / REPORT, {**asdict(report), "totals": report.totals})
     if output.exists() and force:
         shutil.rmtree(output)

@@ -90,6 +90,7 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
             if not start and not is_list:
                 return
             if start == "]" and is_list and row == 0:
+                position += 1
                 break
             while True:
                 try:

@@ -289,6 +289,10 @@ def no_tokenizer(parts):
 
 BAD_INPUT = {
     "mpt": (set_config(architectures=["LlavaMptForCausalLM"]), r"architectures = \['LlavaMptForCausalLM'\]; expected"),
+    "no architecture": (
+        set_config(architectures=None),
+        r"architectures = None; expected \['LlavaLlamaForCausalLM'\] or",
+    ),
     "mlp3x": (set_config(mm_projector_type="mlp3x_gelu"), "mm_projector_type = 'mlp3x_gelu'; expected 'linear' or"),
     "anyres": (set_config(image_aspect_ratio="anyres"), "image_aspect_ratio = 'anyres'; expected 'square' or 'pad'"),
     "merging": (set_config(mm_patch_merge_type="spatial_unpad"), "mm_patch_merge_type = 'spatial_unpad'; expected"),
@@ -314,7 +318,7 @@ BAD_INPUT = {
     "ConvNeXt": (convnext_tower, r"mm_vision_select_layer = -2; expected -1.*With a ConvNeXt tower only"),
     "image size": (other_image_size, "has size 42; expected 56 pixels, the image_size of config.json"),
     "fewer rows": (fewer_rows, "tokenizer of model has 1000 tokens and its embeddings .* have 900 rows"),
-    "no tokenizer": (no_tokenizer, "the tokenizer of model is missing; expected one of tokenizer.model"),
+    "no tokenizer": (no_tokenizer, r"the tokenizer of model is missing; expected tokenizer\.model\. Get"),
 }
 
 

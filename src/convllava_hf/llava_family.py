@@ -80,7 +80,6 @@ VITS = {
     "siglip": SiglipVisionConfig,
     "siglip_vision_model": SiglipVisionConfig,
 }
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head"
 # How the code of 2023 writes an image where `mm_use_im_start_end` is set.
@@ -158,9 +157,10 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
         ("mm_hidden_size", [tower.config.hidden_size]),
         ("tie_word_embeddings", [False]),
     ):
-        if config.get(key, accepted[0]) not in accepted:
+        default = None if key == "architectures" else accepted[0]
+        if config.get(key, default) not in accepted:
             raise ConversionError(
-                f"config.json of {source.name} has {key} = {config[key]!r}; expected "
+                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected "
                 f"{' or '.join(repr(value) for value in accepted)} with the tower {tower.source.name}. There is no "
                 "exact counterpart to it in transformers' llava; convert another checkpoint, or pass the right "
                 "--vision-tower."
@@ -173,13 +173,13 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
             f"{source.name} has a projector of {found + layers} linear layers; expected {layers}, as its config.json "
             f"has mm_projector_type = {config.get('mm_projector_type')!r}. Correct config.json, or get both again."
         )
-    # Without its files transformers makes a tokenizer of three words, and the tables would be cut to them.
-    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConversionError(
-            f"the tokenizer of {source.name} is missing; expected one of {', '.join(TOKENIZER_FILES)}. Get its files "
-            "again."
-        )
     config_class, keys, default_template = LANGUAGE_MODELS[config["architectures"][0]]
+    # Without its files transformers makes a tokenizer of three words, and the tables would be cut to them.
+    files = ("tokenizer.model",) if config_class is LlamaConfig else ("tokenizer.json", "vocab.json")
+    if not any((source.folder / name).is_file() for name in files):
+        raise ConversionError(
+            f"the tokenizer of {source.name} is missing; expected {' or '.join(files)}. Get its files again."
+        )
     renamed = {STABLELM_OLD_KEYS.get(key, key): value for key, value in config.items()}
     text_config = config_class(**read_settings(renamed, keys))
     limit = config.get("tokenizer_model_max_length")
@@ -191,7 +191,7 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
         model.image_token, model.image_tag = IMAGE_PATCH, IMAGE_START + IMAGE_PATCH + IMAGE_END
     if config_class is LlamaConfig:
         # Versions that know no `legacy` behave as it says.
-        legacy = read_json(source.folder / "tokenizer_config.json").get("legacy", True)
+        legacy = read_json(source.folder / "tokenizer_config.json").get("legacy") is not False
         strip = model.image_token == IMAGE_PATCH
         model.finish_tokenizer = partial(split_at_images, image_token=model.image_token, strip=strip, legacy=legacy)
     return model

@@ -53,6 +53,7 @@ SIDEWAYS = {
     ("llava_family", "sources"),
     ("conversion", "registration"),
     ("data", "llava_rows"),
+    ("data_page", "llava_rows"),
     ("mixture_files", "data"),
 }
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are

@@ -34,6 +34,7 @@ from .llava_rows import (
     cut_messages,
     find_image,
     iterate_json,
+    list_parts,
     read_image_size,
 )
 
@@ -507,7 +508,7 @@ def check_dataset(
                     try:
                         _check_row(row, settings)
                         counts["written"] += 1
-                        counts["images"] += len(row["images"])
+                        counts["images"] += len(row["images"] or [])
                         counts["text_only"] += not row["images"]
                     except BadRow as error:
                         counts["skipped"] += 1
@@ -527,7 +528,8 @@ def check_dataset(
 
 def _check_row(row: dict, settings: Settings) -> None:
     images = row["images"] or []
-    check_messages(row["messages"], len(images))
+    messages = list_parts(row["messages"], len(images))
+    check_messages(messages, len(images))
     sizes = []
     for image in images:
         if image["bytes"] is None and not os.path.isfile(image["path"] or ""):
@@ -535,7 +537,7 @@ def _check_row(row: dict, settings: Settings) -> None:
         name = image["path"] or "an image"
         sizes.append(read_image_size(Path(name) if image["bytes"] is None else image["bytes"], name, settings.verify))
     if settings.max_length is not None:
-        cut_messages(row["messages"], sizes, settings.processor, settings.max_length)
+        cut_messages(messages, sizes, settings.processor, settings.max_length)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .llava_rows import list_parts
+
 
 THUMBNAIL = 360  # pixels
 WINDOW = 6  # tokens that are decoded together to find the text of the last of them
@@ -60,7 +62,10 @@ def read_rows(folder: str | Path, count: int, seed: int = 0) -> list[tuple[str, 
             if numbers:
                 table = parquet.read_row_group(group, columns=["messages", "images"])
                 first = end - parquet.metadata.num_rows
-                rows += [(file.name, n - first, table.slice(n - start, 1).to_pylist()[0]) for n in numbers]
+                for number in numbers:
+                    row = table.slice(number - start, 1).to_pylist()[0]
+                    messages = list_parts(row["messages"], len(row["images"] or []))
+                    rows.append((file.name, number - first, {**row, "messages": messages}))
             start = stop
     return rows
 
@@ -111,11 +116,9 @@ def render_image(image: Image.Image, number: int) -> str:
 def render_messages(row: dict) -> str:
     lines = []
     for message in row["messages"]:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         text = "".join(
             '<span class="image">image</span>\n' if part["type"] == "image" else html.escape(part["text"] or "")
-            for part in parts
+            for part in message["content"]
         )
         lines.append(f'<span class="role">{message["role"]}</span>\n{text}')
     return "\n\n".join(lines)

@@ -174,6 +174,19 @@ def split_content(value: str, image_placement: str = "front") -> list[dict]:
     return parts
 
 
+def list_parts(messages: list[dict], num_images: int) -> list[dict]:
+    """Makes lists of contents that are texts, as TRL does: the images go before the first question."""
+    listed, left = [], num_images
+    for message in messages:
+        if isinstance(message["content"], str):
+            before = left if message["role"] == "user" else 0
+            left -= before
+            text = {"type": "text", "text": message["content"]}
+            message = {**message, "content": [{"type": "image", "text": None}] * before + [text]}
+        listed.append(message)
+    return listed
+
+
 def check_messages(messages: list[dict], num_images: int) -> None:
     """Checks roles, order, answers and the number of images of a conversation.
 
@@ -188,7 +201,7 @@ def check_messages(messages: list[dict], num_images: int) -> None:
         raise BadRow("turn order", f"{' '.join(roles)[:80]}; expected user and assistant in turn, the assistant last")
     placeholders = 0
     for number, message in enumerate(messages):
-        parts = [{"type": "text", "text": p}] if isinstance(p := message["content"], str) else p
+        parts = message["content"]
         found = sum(part["type"] == "image" for part in parts)
         if message["role"] == "assistant":
             if found:
@@ -272,4 +285,4 @@ def cut_messages(
 
 
 def count_images(messages: list[dict]) -> int:
-    return sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
+    return sum(part["type"] == "image" for message in messages for part in message["content"])

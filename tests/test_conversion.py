@@ -229,6 +229,7 @@ def test_generation_config_bounds_answers_without_warnings(done):
     generation = GenerationConfig.from_pretrained(done.output)
     assert (generation.eos_token_id, generation.pad_token_id, generation.bos_token_id) == (2, 1001, 1)
     assert generation.max_new_tokens == 1024
+    assert generation.suppress_tokens == [1000]  # <image>
     assert "max_length" not in json.loads((done.output / "generation_config.json").read_text())
     assert not generation.do_sample
 

@@ -493,6 +493,7 @@ def _build_generation_config(text_config: PreTrainedConfig, tokenizer, chat_temp
         bos_token_id=text_config.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.convert_tokens_to_ids("<image>")],  # a placeholder in an answer stands for nothing
         max_new_tokens=MAX_NEW_TOKENS,
     )
 

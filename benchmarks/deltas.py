@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import torch
-from convert import SIZES, VOCABULARY, available_memory, list_tensors, save_random
+from convert import SHARD_BYTES, SIZES, VOCABULARY, available_memory, list_tensors, save_random
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
@@ -66,16 +66,24 @@ def list_pair(size: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[in
 
 
 def save_sparse(shapes: dict[str, tuple[int, ...]], folder: Path):
-    """Writes one safetensors file of zeros that take no room on the disk."""
-    header, end = {}, 0
+    """Writes safetensors shards of zeros that take no room on the disk, and their index."""
+    shards, room, index = [], 0, {}
     for name, shape in shapes.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        size = 2 * torch.Size(shape).numel()
+        if size > room:
+            shards.append({})
+            room = SHARD_BYTES
+        start = SHARD_BYTES - room
+        shards[-1][name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, start + size]}
+        index[name] = f"model-{len(shards)}.safetensors"
+        room -= size
+    for number, shard in enumerate(shards):
+        text = json.dumps(shard).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / f"model-{number + 1}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in shard.values()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def build_pair(size: str, folder: Path, is_sparse: bool):

@@ -845,6 +845,18 @@ def test_bad_arguments(released, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_the_system_does_not_map(released, tmp_path, monkeypatch):
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision/model.safetensors").touch()
+
+    def refuse(*arguments, **kwargs):
+        raise RuntimeError("unable to mmap: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("convllava_hf.checkpoint_io.safe_open", refuse)
+    with pytest.raises(ConversionError, match=r"cannot be mapped into memory: .*\(12\)\. Split it into shards"):
+        convert_checkpoint(tmp_path / "vision", tmp_path / "output")
+
+
 def test_converted_checkpoints_are_not_converted_again(done, tmp_path):
     with pytest.raises(ConversionError, match="converted already"):
         convert_checkpoint(done.output, tmp_path / "output")

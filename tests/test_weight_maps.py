@@ -24,9 +24,12 @@ from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
 from convllava_hf.weight_maps import (
     CONVLLAVA,
     CONVNEXT,
+    LLAVA,
+    LLAVA_PUBLISHED,
     OPEN_CLIP_CONVNEXT,
     TIMM_CONVNEXT,
     VISION_TOWER,
+    VIT,
     ConversionError,
     Dropped,
     WeightMap,
@@ -34,7 +37,10 @@ from convllava_hf.weight_maps import (
 )
 
 
-TABLES = [CONVLLAVA, CONVNEXT, TIMM_CONVNEXT, OPEN_CLIP_CONVNEXT, VISION_TOWER, build_causal_lm_map("model", "lm_head")]
+TABLES = [
+    *(CONVLLAVA, CONVNEXT, TIMM_CONVNEXT, OPEN_CLIP_CONVNEXT, VISION_TOWER, LLAVA, LLAVA_PUBLISHED, VIT),
+    build_causal_lm_map("model", "lm_head"),
+]
 # Configurations of the released models: Vicuna-7B v1.5, and ConvNeXt-L with its fifth stage.
 VICUNA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 CONVNEXT_L = {"num_stages": 5, "depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072]}

@@ -214,6 +214,11 @@ def _open_safetensors(path: Path):
             f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated or damaged; "
             "get it again."
         ) from error
+    except RuntimeError as error:  # the system maps no file that it could not hold if it were written to
+        raise ConversionError(
+            f"{path} ({path.stat().st_size} bytes) cannot be mapped into memory: {error}. Split it into shards of a "
+            "few GB, as save_pretrained writes them, or use a machine with more memory."
+        ) from error
 
 
 def _open_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -112,6 +113,7 @@ def test_one_layer_becomes_two_exactly(family, parts):
     assert set(report.content["dropped"]) >= {"text tower of CLIP", "not in the vision tower's features"}
     processor = AutoProcessor.from_pretrained(parts / "output")
     assert processor.image_token == "<im_patch>" and config.image_token_id == len(merged["lm_head.weight"]) - 3
+    assert GenerationConfig.from_pretrained(parts / "output").suppress_tokens == [config.image_token_id]
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "Read it.\n"}, {"type": "image"}]}]
     )

@@ -482,18 +482,20 @@ def _read_chat_template(name: str) -> str:
     return templates[name].read_text(encoding="utf-8")
 
 
-def _build_generation_config(text_config: PreTrainedConfig, tokenizer, chat_template: str) -> GenerationConfig:
+def _build_generation_config(language: LanguageModel) -> GenerationConfig:
+    text_config, tokenizer = language.config, language.tokenizer
     # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
     # `max_length`, which warns beside every `max_new_tokens`.
     ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    if chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
+    if language.chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
         ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     return GenerationConfig(
         bos_token_id=text_config.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[tokenizer.convert_tokens_to_ids("<image>")],  # a placeholder in an answer stands for nothing
+        # A placeholder in an answer stands for nothing.
+        suppress_tokens=[tokenizer.convert_tokens_to_ids(language.image_token)],
         max_new_tokens=MAX_NEW_TOKENS,
     )
 
@@ -591,7 +593,7 @@ def _write_model(
             model = model_class(config)
     except ValueError as error:
         raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
-    generation_config = _build_generation_config(language.config, tokenizer, language.chat_template)
+    generation_config = _build_generation_config(language)
     sources = [language.source, tower.source]
     shapes, tied = _list_shapes(model, config)
     tensors, records = plan_weights(

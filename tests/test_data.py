@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 from convllava_hf import data, llava_rows
 from convllava_hf.data import Source, build_dataset, check_dataset
 from convllava_hf.llava_rows import BadRow, check_messages, convert_row, count_tokens, iterate_json, split_content
-from convllava_hf.mixture_files import MIXTURES, list_mixtures, read_mixture
+from convllava_hf.mixture_files import list_mixtures, read_mixture
 from convllava_hf.recipe_files import RECIPES
 
 
@@ -562,6 +562,19 @@ def test_every_mixture_is_read_and_names_what_is_missing(tmp_path):
     assert {source.image_placement for source in read_mixture("llavar_pretrain")} == {"keep"}
 
 
+def test_the_docs_tell_of_every_mixture_and_number():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    for name in list_mixtures():
+        assert f"`{name}`" in text
+        for source in read_mixture(name):
+            (line,) = [
+                line for line in text.split("| source | file |")[1].splitlines() if f"`{source.json.name}`" in line
+            ]
+            assert f" {source.rows:,} " in line and (f"{source.rows_tolerance:.0%}" in line) == (
+                source.rows_tolerance > 0
+            )
+
+
 def test_recipes_name_mixtures_that_exist():
     named = {name for file in RECIPES.glob("*.yaml") for name in re.findall(r"mixture (\w+_\w+)", file.read_text())}
     assert named and named <= set(list_mixtures())
@@ -590,7 +603,7 @@ def test_mixtures_of_ones_own(tmp_path, root):
 
 
 @pytest.mark.parametrize("name", ["llavar_pretrain", "llavar_finetune", "llavar_finetune_20k", "llava_v0_pretrain"])
-def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path, monkeypatch):
+def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path):
     """Their file names and folders, with images before and after the question, as in the released files."""
     (source,) = read_mixture(name, tmp_path)
     source.image_root.mkdir(parents=True)
@@ -603,7 +616,6 @@ def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path, mo
             talk("<image>\nRead.", "OPEN", image=image),
         ],
     )
-    (MIXTURES / f"{name}.yaml").read_text()
     with pytest.raises(ValueError, match=f"has 2 rows; expected (about )?{source.rows:,}"):
         build([source], tmp_path / "out")
     build([data.replace(source, rows=2)], tmp_path / "out")

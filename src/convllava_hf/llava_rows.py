@@ -24,6 +24,7 @@ from PIL import Image
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LEADING_IMAGES = re.compile(f"(?:{IMAGE}\n)*")
 BLOCK = 2**20  # bytes of JSON that are read at once
 LONGEST_ROW = 64 * 2**20  # characters; what has no end after so many is no row
 
@@ -161,13 +162,15 @@ def split_content(value: str, image_placement: str = "front") -> list[dict]:
     They write an image before the first text as `<image>` and a line break, and a later one as `<image>`; an empty text
     therefore stands in front of images that no line break follows.
     """
+    if IMAGE not in value:
+        return [{"type": "text", "text": value}]
     if image_placement == "front" and value.count(IMAGE) == 1:
         value = f"{IMAGE}\n{value.replace(IMAGE, '').strip()}".strip()
-    leading = re.match(f"(?:{IMAGE}\n)*", value).end()
+    leading = LEADING_IMAGES.match(value).end()
     image = {"type": "image", "text": None}
     parts = [image] * (leading // len(IMAGE + "\n"))
     first, *rest = value[leading:].split(IMAGE)
-    if first or rest or not parts:
+    if first or rest:
         parts = [*parts, {"type": "text", "text": first}]
     for text in rest:
         parts += [image, {"type": "text", "text": text}] if text else [image]

@@ -380,6 +380,16 @@ def test_weights_are_exact(tmp_path, weight):
     assert totals["read"] - totals.get("left_out", 0) + totals.get("repeated", 0) == totals["written"]
 
 
+def test_sources_of_one_name_are_kept_apart(tmp_path):
+    for number, folder in enumerate(("a", "b", "c")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "x.json", [talk(f"Q{number}", "A")])
+    names = ["", "x_2", ""]
+    sources = [Source(tmp_path / folder / "x.json", name=name) for folder, name in zip("abc", names, strict=True)]
+    assert list(build(sources, tmp_path / "out").counts) == ["x", "x_2", "x_3"]
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 3
+
+
 def test_sources_are_checked_before_anything_starts(tmp_path, root):
     file = write(tmp_path / "one.json", GOOD)
     missing = [
@@ -545,6 +555,21 @@ def test_trl_collates_built_rows(aligned_masks, reference, processor, tmp_path):
     batch = collate(rows)
     assert batch["pixel_values"].shape[0] == 2 and (batch["labels"] != -100).any(1).all()
     assert "pixel_values" not in collate(rows[2:])
+
+
+def test_trl_mixes_the_sources_of_one_dataset(tmp_path):
+    from trl import DatasetMixtureConfig, get_dataset
+
+    files = [write(tmp_path / f"{name}.json", [talk(name, "A")] * 30) for name in ("one", "two")]
+    build([(file, None) for file in files], tmp_path / "out")
+    entry = {"path": str(tmp_path / "out"), "split": "train"}
+    mixture = [
+        {**entry, "data_files": "train/one-*.parquet", "fraction": 0.75},
+        {**entry, "data_files": "train/two-*.parquet", "fraction": 0.25},
+    ]
+    rows = get_dataset(DatasetMixtureConfig(datasets=mixture))["train"]
+    texts = [row["messages"][0]["content"][0]["text"] for row in rows]
+    assert (texts.count("one"), texts.count("two")) == (30, 10)
 
 
 # ---- mixtures

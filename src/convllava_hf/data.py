@@ -4,6 +4,7 @@ The JSON is never in memory as a whole: one process cuts it into the texts of ro
 shard each. A shard is done when its own report is there, which is written last; what is interrupted goes on from there.
 """
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -76,7 +77,7 @@ class Source:
         object.__setattr__(self, "json", Path(self.json).expanduser())
         if self.image_root is not None:
             object.__setattr__(self, "image_root", Path(self.image_root).expanduser())
-        object.__setattr__(self, "name", re.sub(r"[^\w.-]+", "_", self.name or self.json.stem))
+        object.__setattr__(self, "name", re.sub(r"[^\w.-]+", "_", self.name or self.json.stem).lstrip("."))
         if self.weight <= 0 or not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight} of {self.name}; expected a number above 0, such as 0.5 or 2.")
         if self.image_placement not in ("front", "keep"):
@@ -89,7 +90,7 @@ class DataReport:
 
     Args:
         counts: per source: rows `read`, `left_out` and `repeated` by weight, `skipped` and `written`; of the latter
-            `text_only` ones, and their `images`; `dropped_first_turns` of the assistant.
+            `text_only` ones, and their `images`; rows `cut` to the longest; `dropped_first_turns` of the assistant.
         bad_rows: `file`, `row`, `kind` and `error` of each.
         settings: how it was built.
     """
@@ -106,11 +107,22 @@ class DataReport:
 
     @property
     def totals(self) -> dict[str, int]:
-        return dict(sum((Counter(counts) for counts in self.counts.values()), Counter()))
+        keys = dict.fromkeys(key for counts in self.counts.values() for key in counts)
+        return {key: sum(counts.get(key, 0) for counts in self.counts.values()) for key in keys}
 
     def summary(self, most: int = 20) -> str:
         """The counts per source, and the first bad rows, as text."""
-        keys = ("read", "left_out", "repeated", "skipped", "written", "text_only", "images", "dropped_first_turns")
+        keys = (
+            "read",
+            "left_out",
+            "repeated",
+            "skipped",
+            "written",
+            "text_only",
+            "images",
+            "cut",
+            "dropped_first_turns",
+        )
         table = {**self.counts, **({"all": self.totals} if len(self.counts) > 1 else {})}
         keys = [key for key in keys if key in ("read", "skipped", "written") or self.totals.get(key)]
         lines = [
@@ -217,11 +229,12 @@ def build_dataset(
 
 def _name_apart(sources: list[Source]) -> list[Source]:
     """Gives sources of the same name numbers, so that their shards do not overwrite each other."""
-    names, seen = [], Counter()
+    named: dict[str, Source] = {}
     for source in sources:
-        seen[source.name] += 1
-        names.append(f"{source.name}_{seen[source.name]}" if seen[source.name] > 1 else source.name)
-    return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+        names = (f"{source.name}_{number}" if number > 1 else source.name for number in itertools.count(1))
+        name = next(name for name in names if name not in named)
+        named[name] = replace(source, name=name)
+    return list(named.values())
 
 
 def check_sources(sources: list[Source]) -> None:
@@ -467,6 +480,9 @@ def _make_row(row: dict, source: Source, settings: Settings, counts: Counter) ->
 
 def _finish(report: DataReport, work: Path, output: Path, force: bool) -> None:
     """Writes the report, and gives the folder its final name."""
+    for path in (work / SPLIT).iterdir():
+        if path.suffix != ".parquet" or pq.read_metadata(path).num_rows == 0:  # `datasets` 4.7 fails at empty files
+            path.unlink()
     _write_json(work / REPORT, {**asdict(report), "totals": report.totals})
     if output.exists() and force:
         shutil.rmtree(output)

@@ -32,7 +32,7 @@ LAYERS = (
         "sampling",
         "recipe_files",
     ),
-    ("registration", "conversion", "deltas", "inference", "hub", "adapters"),
+    ("registration", "conversion", "deltas", "inference", "hub", "adapters", "vision_cache"),
     ("training", "evaluation"),
     ("cli_options",),
     ("cli_data", "cli_deltas", "cli_training", "demo"),

@@ -77,7 +77,8 @@ def test_answers_are_what_the_pages_show(pages):
         pages.ask(page, "smell", rng)
 
 
-def test_a_miniature_run(tmp_path):
+def test_a_miniature_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", None)  # which the run sets; this puts it back
     results = importlib.import_module("run").main(
         tmp_path, seed=5, num_pages=60, reading_rows=64, seeing_pages=32, share=0.01, per_task=3
     )

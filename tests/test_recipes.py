@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 from packaging.version import Version
+from peft import PeftModel
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import save_rows, save_tiny_llava
 from transformers import AutoModelForImageTextToText
@@ -28,7 +29,6 @@ TINY = (
     "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_steps 2 --dataloader_num_workers 0 "
     "--bf16 false --use_cpu true --learning_rate 0.01 --warmup_steps 0 --save_strategy no --report_to none"
 ).split()
-NEEDS_GPU = {"convllava_stage3_qlora"}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,10 @@ def test_recipe_is_flat_and_says_how_to_run_it(name):
 
 
 @pytest.mark.parametrize("train", [train_with_trl, train_with_convllava])
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name not in NEEDS_GPU])
+@pytest.mark.parametrize("name", list_recipes())
 def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
+    if "qlora" in name:
+        pytest.importorskip("bitsandbytes", reason="4 bits need the extra `quantization`")
     family = get_family(name)
     output = tmp_path / "output"
     settings = ["--model_name_or_path", str(models[family]), "--dataset_name", str(data), "--output_dir", str(output)]
@@ -124,6 +126,36 @@ def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
             assert (changed["vision_tower"] == frozen) == (train is train_with_convllava)
     if "lora" not in name and "pretrain" not in name:
         assert "trainable" not in (output / "config.json").read_text()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_train_the_same_without_recomputing_activations(stage, models, data, tmp_path):
+    changed = []
+    for recompute in ("true", "false"):
+        output = tmp_path / recompute
+        settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
+        settings += ["--output_dir", str(output), *TINY, "--gradient_checkpointing", recompute]
+        train_with_convllava(find_recipe(f"tiny_cpu_stage{stage}"), settings)
+        changed.append(get_changed_parts(models["convllava"], output, tmp_path))
+    assert changed[0] == changed[1]
+
+
+def test_adapters_load_as_those_of_any_model(models, data, tmp_path):
+    """PEFT's own loading, transformers' `load_adapter`, and the merged checkpoint answer the same."""
+    settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
+    train_with_trl(find_recipe("convllava_stage3_lora"), [*settings, "--output_dir", str(tmp_path / "adapter"), *TINY])
+    merged = AutoModelForImageTextToText.from_pretrained(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
+    with_peft = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(models["convllava"]), str(tmp_path / "adapter")
+    )
+    inputs = {"input_ids": torch.tensor([[2, 1, 1, 1, 1, 40, 50]]), "pixel_values": torch.randn(1, 3, 128, 128)}
+    with torch.no_grad():
+        expected = merged.eval()(**inputs).logits
+        torch.testing.assert_close(with_peft.eval()(**inputs).logits, expected, atol=1e-4, rtol=0)
+        plain = AutoModelForImageTextToText.from_pretrained(models["convllava"]).eval()
+        assert (plain(**inputs).logits - expected).abs().max() > 1e-3
+        plain.load_adapter(str(tmp_path / "adapter"))
+        torch.testing.assert_close(plain.eval()(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.timeout(240)

@@ -162,6 +162,41 @@ def test_image_size_is_overridable(make_trainer):
     assert AutoProcessor.from_pretrained(trainer.args.output_dir).image_processor.size["height"] == 192
 
 
+def test_cached_features_train_as_images_do(make_trainer, tmp_path, monkeypatch):
+    """Stage 3 with features from the disk: the same losses, and in a second run the tower is not even asked."""
+    plan = {"trainable": ["multi_modal_projector", "language_model", "lm_head"], "max_steps": 4}
+    plain = make_trainer(**plan)
+    plain.train()
+    cached = make_trainer(**plan, vision_cache=str(tmp_path / "features"))
+    batch = next(iter(cached.get_train_dataloader()))
+    assert "pixel_values" not in batch and batch["vision_features"].shape == (4 * len(batch["image_sizes"]), 24)
+    cached.train()
+    assert get_losses(cached) == pytest.approx(get_losses(plain), abs=1e-5)
+    for name, parameter in cached.model.named_parameters():
+        torch.testing.assert_close(parameter, plain.model.get_parameter(name), atol=1e-5, rtol=0)
+
+    monkeypatch.setattr("convllava_hf.vision_cache.VisionCache.store", None)
+    again = make_trainer(**plan, vision_cache=str(tmp_path / "features"))
+    again.model.model.vision_tower.forward = None
+    again.train()
+    assert get_losses(again) == get_losses(cached)
+
+
+def test_features_of_another_tower_or_size_are_not_taken(make_trainer, tmp_path):
+    plan = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "features")}
+    make_trainer(**plan)
+    make_trainer(**plan, image_size=192)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    with pytest.raises(ValueError, match=r"the vision tower is trained \(.* and \d+ more\), so its features change"):
+        make_trainer(vision_cache=str(tmp_path / "features"))
+
+
+def test_cache_that_does_not_fit_is_refused_first(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("convllava_hf.vision_cache.VisionCache.estimate_bytes", lambda self, sizes: 10**18)
+    with pytest.raises(OSError, match=r"20 are to be computed: 1000000000.000 GB. Only .* GB are free there"):
+        make_trainer(trainable=["multi_modal_projector"], vision_cache=str(tmp_path / "features"))
+
+
 class TestCollator:
     def collate(self, checkpoint, rows, **kwargs):
         processor = AutoProcessor.from_pretrained(checkpoint)
@@ -327,7 +362,8 @@ def test_leaves_curves_and_a_card(checkpoint, data, tmp_path):
     run_recipe("tiny_cpu_stage1", settings)
     assert (tmp_path / "o" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "o" / "checkpoint-2" / ".." / "README.md").read_text()
-    assert "| recipe | tiny_cpu_stage1 |" in card and "| rows per step | 2 (2 x 1 x 1) |" in card
+    assert "| recipe | tiny_cpu_stage1 |" in card and f"| data | {data} |" in card
+    assert "| rows per step | 2 (2 x 1 x 1) |" in card
     assert card.count("## How it was trained") == 1
     assert r"multi_modal_projector, vision_tower.*stages\.4\." in card
 

@@ -24,10 +24,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import datasets
 import torch
 from pages import IMAGE_TASKS, TASKS, ask, ask_in_words, make_pages
 from report import write_report
-from stages import STAGES, build_model, build_processor, build_rows, caption, learn_to_read, learn_to_see, train_stage
+from stages import (
+    BATCH_SIZE,
+    STAGES,
+    build_model,
+    build_processor,
+    build_rows,
+    caption,
+    learn_to_read,
+    learn_to_see,
+    train_stage,
+)
 from tqdm.auto import tqdm
 from transformers import pipeline, set_seed
 
@@ -138,15 +149,18 @@ def main(
     clock.start("stage 0b: four vision stages learn to see (stand in for a pretrained tower)")
     crowded = make_pages("train", seeing_pages, seed, ("mixed",))
     losses["stage 0b: seeing"] = learn_to_see(model, processor, crowded, seed)
-    for number, stage in enumerate(STAGES, 1):
-        clock.start(stage.title)
-        rows = build_rows(number, pages, max(stage.batch_size, int(stage.rows * share)), seed)
-        with tempfile.TemporaryDirectory() as folder:
-            losses[stage.title] = train_stage(model, processor, stage, rows, folder, seed)
-
-    clock.start("saving")
-    model.eval().save_pretrained(output / "checkpoint")
-    processor.save_pretrained(output / "checkpoint")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"  # its copies of this run's pages are of no use to the next
+        checkpoint = folder / "stage0"
+        model.save_pretrained(checkpoint)
+        processor.save_pretrained(checkpoint)
+        for number, stage in enumerate(STAGES, 1):
+            clock.start(stage.title)
+            data = build_rows(number, pages, max(BATCH_SIZE, int(stage.rows * share)), seed, folder / "data")
+            trained = output / "checkpoint" if stage is STAGES[-1] else folder / f"stage{number}"
+            losses[stage.title] = train_stage(stage, checkpoint, data, trained, seed)
+            checkpoint = trained
 
     clock.start("answering held-out questions through pipeline('image-text-to-text')")
     questions = draw_questions(make_pages("test", 14 * per_task, seed), per_task, seed)

@@ -3,24 +3,19 @@
 Shapes: `B` pages in a batch, `S` tokens in a row of text, `C` width of the fourth vision stage.
 """
 
+import json
 import math
 import random
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from pages import COLOURS, IMAGE_TASKS, SHAPES, Page, ask, ask_in_words, caption
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    ConvNextConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    ProgressCallback,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from convllava_hf import (
     ConvLlavaConfig,
@@ -28,51 +23,38 @@ from convllava_hf import (
     ConvLlavaImageProcessor,
     ConvLlavaProcessor,
 )
+from convllava_hf.data import build_dataset
+from convllava_hf.training import run_recipe
 
 
 NAMES = (*"0123456789", *SHAPES, "nothing")  # what the classifier of stage 0 tells apart
 TINTS = ("none", *COLOURS)
-VISION, PROJECTOR, LANGUAGE = (
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-    ("model.language_model.", "lm_head."),
-)
+LANGUAGE = ("model.language_model.", "lm_head.")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage trains, and how.
+    """How one stage is trained; its recipe says what is trained.
 
     Args:
         title: heading on the screen and in the report.
-        trained: prefixes of parameter names; all others are frozen.
+        recipe: of the package; here with other rates and more rows.
         rows: number of training conversations.
         learning_rate: peak of AdamW's learning rate.
-        batch_size: conversations per step.
     """
 
     title: str
-    trained: tuple[str, ...]
+    recipe: str
     rows: int
     learning_rate: float
-    batch_size: int = 16
 
 
 STAGES = (
-    Stage(
-        "stage 1: projector initialisation",
-        (f"{VISION}encoder.stages.4.", PROJECTOR),
-        rows=3200,
-        learning_rate=4e-3,
-    ),
-    Stage(
-        "stage 2: vision-language pretraining",
-        (*(f"{VISION}encoder.stages.{index}." for index in (2, 3, 4)), PROJECTOR, *LANGUAGE),
-        rows=8000,
-        learning_rate=3e-3,
-    ),
-    Stage("stage 3: instruction tuning", (PROJECTOR, *LANGUAGE), rows=4800, learning_rate=1.5e-3),
+    Stage("stage 1: projector initialisation", "tiny_cpu_stage1", rows=3200, learning_rate=4e-3),
+    Stage("stage 2: vision-language pretraining", "tiny_cpu_stage2", rows=8000, learning_rate=3e-3),
+    Stage("stage 3: instruction tuning", "tiny_cpu_stage3", rows=4800, learning_rate=1.5e-3),
 )
+BATCH_SIZE = 16
 
 
 def build_processor(texts: list[str]) -> ConvLlavaProcessor:
@@ -246,25 +228,27 @@ def talk(page: Page, rng: random.Random, turns: int) -> list[dict]:
     ]
 
 
-def build_rows(stage: int, pages: list[Page], count: int, seed: int) -> Dataset:
-    """Training conversations of a stage, as TRL takes them.
+def build_rows(stage: int, pages: list[Page], count: int, seed: int, folder: Path) -> Path:
+    """Training conversations of a stage: pictures and a JSON file as LLaVA's, made into a dataset.
 
     Args:
         stage: 1 (captions), 2 (a caption, then questions) or 3 (questions, 15% of the rows without a picture).
         pages: training pages, used in turn.
         count: number of conversations.
         seed: of the questions.
+        folder: where pictures, JSON and dataset go; pictures that are there are not drawn again.
 
     Returns:
-        Columns `messages` and `images`; a text-only row has an empty list of images.
+        The folder of the dataset.
     """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"stage {stage} {seed}")
-    messages, images = [], []
+    rows = []
     for index in range(count):
         page = pages[index % len(pages)]
         describe = [{"role": "user", "content": "Describe the page."}, {"role": "assistant", "content": caption(page)}]
         questions = talk(page, rng, 3)
-        picture = [{"bytes": page.jpeg, "path": None}]
+        picture = f"{index % len(pages)}.jpg"
         if stage == 1:
             turns = describe
         elif stage == 2:
@@ -272,55 +256,48 @@ def build_rows(stage: int, pages: list[Page], count: int, seed: int) -> Dataset:
         elif questions and rng.random() < 0.15:
             question, answer = ask_in_words(page, rng)
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            picture = []
+            picture = None
         else:
             turns = questions or describe
-        messages.append(turns)
-        images.append(picture)
-    features = Features({"messages": [{"role": Value("string"), "content": Value("string")}], "images": List(Image())})
-    return Dataset.from_dict({"messages": messages, "images": images}, features=features)
+        row = {"id": str(index), "conversations": []}
+        for turn in turns:
+            speaker = "human" if turn["role"] == "user" else "gpt"
+            row["conversations"].append({"from": speaker, "value": turn["content"]})
+        if picture:
+            row["image"] = picture
+            row["conversations"][0]["value"] = f"<image>\n{turns[0]['content']}"
+            if not (folder / "images" / picture).exists():
+                (folder / "images" / picture).write_bytes(page.jpeg)
+        rows.append(row)
+    file = folder / f"stage{stage}.json"
+    file.write_text(json.dumps(rows))
+    build_dataset([(file, folder / "images")], folder / f"stage{stage}", verify="header", show_progress=False)
+    return folder / f"stage{stage}"
 
 
-class LossBar(ProgressCallback):
-    """TRL's progress bar with the loss beside it, instead of a dictionary on a line of its own for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-
-def train_stage(model, processor, stage: Stage, rows: Dataset, output: str, seed: int) -> list[tuple[int, float]]:
-    """One of the three stages, with TRL: trains the parameters that `stage` names and freezes the others."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(stage.trained)
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=processor,
-        train_dataset=rows,
-        args=SFTConfig(
-            output_dir=output,
-            per_device_train_batch_size=stage.batch_size,
-            num_train_epochs=1,
-            learning_rate=stage.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.05},
-            warmup_steps=0.05,
-            adam_beta2=0.98,
-            weight_decay=0.0,
-            max_length=None,  # a length limit would cut image tokens
-            assistant_only_loss=True,
-            gradient_checkpointing=False,
-            bf16=False,  # TRL's default; most CPUs are hundreds of times slower in it
-            use_cpu=True,
-            dataloader_num_workers=1,  # the second core prepares the next batch
-            logging_steps=5,
-            logging_first_step=True,
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
-        ),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar())
-    trainer.train()
+def train_stage(stage: Stage, model: Path, data: Path, output: Path, seed: int) -> list[tuple[int, float]]:
+    """One of the three stages by its recipe, from one checkpoint to the next."""
+    settings = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": output,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": json.dumps({"min_lr_rate": 0.05}),
+        "warmup_steps": 0.05,
+        "adam_beta2": 0.98,
+        "max_length": 512,
+        "gradient_checkpointing": False,
+        "group_by_modality_length": False,  # rows are short here: batches that mix tasks teach more than padding costs
+        "dataloader_num_workers": 1,  # the second core prepares the next batch
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "seed": seed,
+    }
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    trainer = run_recipe(stage.recipe, arguments)
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -332,6 +332,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ConvLlavaModelOutputWithPast:
         """Replaces image placeholders by projected features and runs the language model.
@@ -344,6 +345,8 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             past_key_values: cache of the language model.
             inputs_embeds: `(B, S, D)` in place of `input_ids`.
             image_sizes: `(I, 2)` heights and widths in pixels.
+            vision_features: `(sum of N, C)`, the tower's features of all images in reading order, in the place of
+                `pixel_values`: the tower does not run.
 
         Returns:
             Hidden states `(B, S, D)` and what [`ConvLlavaModelOutputWithPast`] lists.
@@ -357,9 +360,14 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, S, D)
 
         image_features = None
-        if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
-            image_features = torch.cat(image_features).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum of N, D)
+        if pixel_values is not None or vision_features is not None:
+            if vision_features is None:
+                image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
+                image_features = torch.cat(image_features)  # (sum of N, D)
+            else:
+                weight = self.multi_modal_projector.linear_1.weight
+                image_features = self.multi_modal_projector(vision_features.to(weight.device, weight.dtype))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)  # (sum of N, D)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, S, 1)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -40,6 +40,7 @@ from .modeling_convllava import set_trainable
 from .plans import PARTS
 from .recipe_files import find_recipe
 from .sampling import ModalityLengthSampler, measure_lengths
+from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in, undecode_images
 
 
 logger = logging.get_logger(__name__)
@@ -60,6 +61,8 @@ class ConvLlavaTrainingArguments(SFTConfig):
         projector_learning_rate: peak learning rate of the projector. Default: `learning_rate`.
         group_by_modality_length: batches of rows with images or without, and of similar length. Not for streams.
         normalize_on_device: workers hand over images as bytes, a quarter of the size; the device normalises them.
+        vision_cache: folder for the features of the frozen tower, which are then computed once instead of in every
+            epoch and run; see `vision_cache.py`. What it will take is said first.
         image_size: side of the square that images are padded or squashed to, or the budget of `native`, in pixels.
             Default: the checkpoint's.
         max_length: rows are cut to so many tokens on the right, but never inside or before an image.
@@ -77,6 +80,9 @@ class ConvLlavaTrainingArguments(SFTConfig):
     normalize_on_device: bool = field(
         default=True, metadata={"help": "Move images as bytes and normalise them on the device."}
     )
+    vision_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep the features of the frozen vision tower in."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the processed square in pixels. Default: the checkpoint's."}
     )
@@ -90,6 +96,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         max_tokens: longest row; `None` cuts nothing. (TRL's `max_length` also cuts through images.)
         image_token_id: id of the placeholder.
         raw_pixels: leave `pixel_values` as bytes, 0 to 255.
+        vision_cache: give features of the tower instead of pixels; images must come undecoded.
 
     Raises:
         ValueError: a row whose images do not fit into `max_tokens`, or that cannot be prepared.
@@ -98,14 +105,23 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     max_tokens: int | None = None
     image_token_id: int | None = None
     raw_pixels: bool = False
+    vision_cache: VisionCache | None = None
+    is_cached: bool = field(default=False, init=False)
 
     def __post_init__(self):
-        if self.raw_pixels:
+        if self.vision_cache is not None:
+            self.processor = copy.copy(self.processor)
+            self.processor.image_processor = CachedImageProcessor(self.processor.image_processor, self.vision_cache)
+            self.vision_cache = None
+            self.is_cached = True
+        elif self.raw_pixels:
             self.processor = copy.deepcopy(self.processor)
             self.processor.image_processor.do_rescale = self.processor.image_processor.do_normalize = False
 
     def torch_call(self, examples: list[dict]) -> dict:
         """Prepares a batch: `input_ids`, `attention_mask`, `labels` `(B, S)`, `pixel_values` `(I, 3, H, W)`, ..."""
+        if self.is_cached:
+            examples = [{**row, "images": [make_stand_in(image) for image in row["images"]]} for row in examples]
         try:
             batch = super().torch_call(examples)
         except (ValueError, OSError) as error:
@@ -207,12 +223,14 @@ class ConvLlavaTrainer(SFTTrainer):
     """TRL's `SFTTrainer` for models of images and text: this package's, and transformers' LLaVA.
 
     Args:
-        recipe: name of the recipe, for the model card.
+        recipe, data: names of the recipe and of the data, for the model card.
         args, kwargs: see `SFTTrainer`; `args` are [`ConvLlavaTrainingArguments`].
     """
 
-    def __init__(self, *, args: ConvLlavaTrainingArguments, recipe: str | None = None, **kwargs):
-        self.recipe = recipe
+    def __init__(
+        self, *, args: ConvLlavaTrainingArguments, recipe: str | None = None, data: str | None = None, **kwargs
+    ):
+        self.recipe, self.data = recipe, data
         model_kwargs = args.model_init_kwargs or {}
         if args.bf16 and not has_fast_bf16(args.device):
             logger.warning("this processor has no bfloat16 arithmetic: computing in float32.")
@@ -226,13 +244,35 @@ class ConvLlavaTrainer(SFTTrainer):
         if args.image_size is not None:
             set_image_size(self.processing_class.image_processor, args.image_size)
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
-            self.data_collator = self._build_collator()
+            self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
         self._silence_padded_ids()
         self.add_callback(CurvesCallback())
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback())
 
-    def _build_collator(self) -> ConvLlavaCollator:
+    def _fill_cache(self) -> VisionCache:
+        """Computes the tower's features of all training images, as this run would."""
+        if not isinstance(self.train_dataset, Dataset) or self.eval_dataset is not None:
+            raise ValueError("vision_cache needs data that is no stream, and eval_strategy='no'.")
+        self.train_dataset = undecode_images(self.train_dataset)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model.to(self.args.device)
+        cache = VisionCache(self.args.vision_cache, model, self.processing_class.image_processor, dtype)
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            done = cache.fill(
+                self.train_dataset, self.args.process_index, self.args.world_size, self.is_world_process_zero()
+            )
+        model.train(was_training)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            logger.warning(done)
+        return cache
+
+    def _build_collator(self, cache: VisionCache | None) -> ConvLlavaCollator:
         """Our collator with the settings of the one that TRL built."""
         theirs = {f.name: getattr(self.data_collator, f.name) for f in fields(self.data_collator)}
         return ConvLlavaCollator(
@@ -240,6 +280,7 @@ class ConvLlavaTrainer(SFTTrainer):
             max_tokens=self.args.max_length,
             image_token_id=self.model.config.image_token_id,
             raw_pixels=self.args.normalize_on_device and self._normalization() is not None,
+            vision_cache=cache,
         )
 
     def _normalization(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -359,7 +400,7 @@ class ConvLlavaTrainer(SFTTrainer):
         file = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and file.exists():
             card = ModelCard.load(file)
-            card.text += describe_training(self.args, self.recipe, self.args.world_size)
+            card.text += describe_training(self.args, self.recipe, self.data)
             card.save(file)
 
 
@@ -376,12 +417,13 @@ def set_image_size(image_processor, side: int) -> None:
         image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
 
 
-def describe_training(args: ConvLlavaTrainingArguments, recipe: str | None, world_size: int) -> str:
+def describe_training(args: ConvLlavaTrainingArguments, recipe: str | None, data: str | None) -> str:
     """The section of a model card that says how the model was trained."""
-    rows = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
+    rows = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     trained = (args.model_init_kwargs or {}).get("trainable") or args.optim_target_modules or []
     settings = {
-        "recipe": recipe or "none",
+        "recipe": recipe,
+        "data": data,
         "trained parameters": ", ".join(trained) or "all",
         "learning rate": args.learning_rate,
         "vision tower's": args.vision_learning_rate,
@@ -439,6 +481,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         model=model.model_name_or_path,
         args=args,
         recipe=file.stem,
+        data=script.dataset_name or ", ".join(part.path for part in mixture.datasets),
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),

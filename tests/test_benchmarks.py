@@ -90,3 +90,14 @@ def test_vision_counts_the_released_tower(load):
     with torch.device("meta"):
         tower = vision.build_vision_tower(vision.ConvLlavaConfig())
     assert round(vision.count_flops(tower, 1536, 1536) / vision.TERA, 2) == 3.78
+
+
+def test_data_measures_ways_of_building(load, capsys, tmp_path):
+    data, file = load("data"), tmp_path / "results.json"
+    data.main(["--rows", "300", "--processes", "2", "--ways", "ours, paths", "json.load", "--json", str(file)])
+    rows = read_table(capsys.readouterr().out, "Building")
+    assert [(row["rows"], row["way"], row["processes"]) for row in rows] == [
+        ("300", "ours, paths", "2"),
+        ("300", "json.load", "1"),
+    ]
+    assert all(entry["seconds"] > 0 for entry in json.loads(file.read_text())["results"])

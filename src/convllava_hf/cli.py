@@ -18,6 +18,7 @@ import typer
 from . import __version__
 from .cli_data import add_data_commands
 from .cli_deltas import add_delta_commands
+from .cli_hub import add_hub_commands
 from .cli_options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, print_error, report_errors
 from .cli_training import add_training_commands
 
@@ -430,3 +431,4 @@ def read_lines(interactive: bool) -> Iterator[str]:
 add_delta_commands(app)
 add_training_commands(app)
 add_data_commands(app)
+add_hub_commands(app)

@@ -216,9 +216,10 @@ def build_dataset(
     report.counts = {source.name: {"read": 0, "skipped": 0, "written": 0} for source in sources}
     total = sum(source.json.stat().st_size for source in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc="building", disable=not show_progress) as bar:
-        tasks = _cut_shards(sources, work, settings, bar)
-        for source, counts, bad_rows in _run_shards(tasks, settings, num_proc, on_error):
-            report.add(source, counts, bad_rows)
+        tasks = _cut_shards(sources, work, settings)
+        for shard, counts, bad_rows in _run_shards(tasks, settings, num_proc, on_error):
+            report.add(shard.source.name, counts, bad_rows)
+            bar.update(shard.size)
             bar.set_postfix(rows=report.totals.get("written", 0), skipped=report.totals.get("skipped", 0))
     report.bad_rows.sort(key=lambda bad: (bad["file"], bad["row"]))
     if not report.totals.get("written"):
@@ -301,16 +302,17 @@ class _Shard:
     path: Path  # of the parquet file
     first_row: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # text of the row, how often it is used
+    size: int = 0  # bytes of JSON
 
     @property
     def report(self) -> Path:
         return self.path.parents[1] / STATE / f"{self.path.stem}.json"
 
 
-def _cut_shards(sources: list[Source], work: Path, settings: Settings, bar: tqdm) -> Iterator[_Shard]:
+def _cut_shards(sources: list[Source], work: Path, settings: Settings) -> Iterator[_Shard]:
     """Cuts the sources into shards, and checks their numbers of rows."""
     for source in sources:
-        number, seen, shard = 0, 0, None
+        number, size, seen, shard = 0, 0, 0, None
         for text, size in iterate_json(source.json):
             if shard is None:
                 index = number // settings.shard_rows
@@ -320,13 +322,12 @@ def _cut_shards(sources: list[Source], work: Path, settings: Settings, bar: tqdm
             shard.rows.append((text, copies))
             number += 1
             if len(shard.rows) == settings.shard_rows:
+                shard.size, seen = size - seen, size
                 yield shard
                 shard = None
-                bar.update(size - seen)
-                seen = size
         if shard is not None:
+            shard.size = size - seen
             yield shard
-        bar.update(source.json.stat().st_size - seen)
         if source.rows is not None and abs(number - source.rows) > source.rows * source.rows_tolerance:
             about = "about " if source.rows_tolerance else ""
             raise ValueError(
@@ -344,10 +345,10 @@ def _run_shards(tasks: Iterable[_Shard], settings: Settings, num_proc: int, on_e
             more = f"; and {len(bad_rows) - 5} more in the same shard" if len(bad_rows) > 5 else ""
             raise ValueError(f"{shown}{more}. Mend them and start again, or leave them out with --on-error skip.")
 
-    def collect(shard: _Shard, bad_rows: list[dict]) -> tuple[str, dict, list]:
+    def collect(shard: _Shard, bad_rows: list[dict]) -> tuple[_Shard, dict, list]:
         stop_at(bad_rows)
         done = json.loads(shard.report.read_text(encoding="utf-8"))
-        return shard.source.name, done["counts"], done["bad_rows"]
+        return shard, done["counts"], done["bad_rows"]
 
     keep = on_error == "skip"
     if num_proc <= 1:
@@ -382,10 +383,10 @@ _worker_settings: tuple = ()
 
 
 def _start_worker(settings: Settings, keep: bool) -> None:
-    """Prepares a worker: it leaves Ctrl-C to its parent, and ends when that is killed."""
+    """Prepares a worker: it ends at once, and without a word, at Ctrl-C and when its parent is killed."""
     global _worker_settings
     _worker_settings = settings, keep
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def follow() -> None:

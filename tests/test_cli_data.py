@@ -92,6 +92,12 @@ def test_bad_input_is_named_in_one_line(files, tmp_path):
     assert code == 0 and "3 read, 1 skipped, 2 written" in text and "bad.json, row 2: missing image" in text
 
 
+def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("convllava_hf.cli_data.find_spec", lambda name: None)
+    code, text = run("check", tmp_path)
+    assert code == 2 and text == "error: training data needs the extra `train`: pip install 'convllava-hf[train]'.\n"
+
+
 def test_mixtures_are_listed():
     code, text = run("mixtures")
     assert code == 0 and [line.split()[0] for line in text.splitlines()] == list_mixtures()

@@ -1,5 +1,8 @@
 """The commands around training data: `convllava data build`, `check`, `show` and `mixtures`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +24,15 @@ VerifyOption = Annotated[
     str, typer.Option(metavar="decode|header", help="Check images as a whole, or by their first bytes (faster).")
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+
+
+@contextmanager
+def report_data_errors() -> Iterator[None]:
+    """`report_errors`, and what is missing where the package was installed without the extra `train`."""
+    with report_errors():
+        if find_spec("datasets") is None:
+            raise ImportError("training data needs the extra `train`: pip install 'convllava-hf[train]'.")
+        yield
 
 
 def add_data_commands(app: typer.Typer) -> None:
@@ -79,7 +91,7 @@ def build(
       convllava data build --mixture convllava_stage3 --root /data --images paths --on-error skip --output DATA
       convllava data build --llava-json my.json --image-root images --model MODEL --max-length 2048 --output DATA
     """
-    with report_errors():
+    with report_data_errors():
         from .data import Source, build_dataset
         from .mixture_files import read_mixture
 
@@ -127,7 +139,7 @@ def check(
       convllava data check DATA
       convllava data check DATA --model CHECKPOINT --max-length 2048
     """
-    with report_errors():
+    with report_data_errors():
         from .data import check_dataset
 
         processor = load_processor(model, trust_remote_code)
@@ -153,7 +165,7 @@ def show(
     Example:
       convllava data show DATA --out page.html --model CHECKPOINT
     """
-    with report_errors():
+    with report_data_errors():
         from .data_page import write_page
 
         count = write_page(folder, out, rows, seed, load_processor(model, trust_remote_code))
@@ -163,7 +175,7 @@ def show(
 @data_app.command()
 def mixtures():
     """List the mixtures of the original trainings."""
-    with report_errors():
+    with report_data_errors():
         from .mixture_files import find_mixture, list_mixtures
 
         width = max(map(len, list_mixtures()))

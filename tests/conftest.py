@@ -65,3 +65,25 @@ def converted(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("converted") / "ConvLLaVA-tiny"
     convert_checkpoint(reference / "convllava" / "llm", folder, vision_tower=reference / "convllava" / "vision")
     return folder
+
+
+@pytest.fixture(scope="session")
+def convert_family(reference: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Converts a reference of the LLaVA family once, as `convllava convert` does, its delta merged first."""
+    from convllava_hf.conversion import convert_checkpoint
+    from convllava_hf.deltas import apply_delta
+
+    done = {}
+
+    def convert(family: str) -> Path:
+        if family not in done:
+            done[family] = tmp_path_factory.mktemp(family) / family
+            source = reference / family / "model"
+            (tower,) = (path for path in (reference / family).iterdir() if path.name.startswith(("clip-", "tiny-")))
+            if not source.exists():
+                source = done[family].with_name("merged")
+                apply_delta(reference / family / "base", reference / family / "delta", source)
+            convert_checkpoint(source, done[family], vision_tower=tower)
+        return done[family]
+
+    return convert

@@ -112,6 +112,18 @@ def test_projector_of_one_layer_as_the_original_writes_it(tmp_path):
     assert {name: tensor.tolist() for name, tensor in again.items()} == {n: t.tolist() for n, t in weights.items()}
 
 
+def test_one_layer_stored_as_two_travels_as_one(convert_family, tmp_path):
+    """LLaVA v0: the identity behind the linear layer stays at home."""
+    checkpoint = convert_family("llava_v0_delta")
+    file = extract_projector(checkpoint, tmp_path / "mm_projector.bin")
+    stored = torch.load(file, weights_only=True)
+    assert set(stored) == {"model.mm_projector.weight", "model.mm_projector.bias"}
+    torch.save({name: tensor + 1 for name, tensor in stored.items()}, tmp_path / "other.bin")
+    projector = read_projector(insert_projector(checkpoint, tmp_path / "other.bin", tmp_path / "new"))
+    assert torch.equal(projector["linear_1.weight"], stored["model.mm_projector.weight"] + 1)
+    assert torch.equal(projector["linear_2.weight"], read_projector(checkpoint)["linear_2.weight"])
+
+
 def test_projectors_that_do_not_fit(checkpoint, other_projector, tmp_path):
     path, weights = other_projector
     save_file({"multi_modal_projector.linear_1.weight": weights["linear_1.weight"]}, tmp_path / "part.safetensors")

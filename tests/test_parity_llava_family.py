@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from convllava_hf.conversion import convert_checkpoint
-from convllava_hf.deltas import apply_delta
 from convllava_hf.inference import answer
 from convllava_hf.llava_family import fit_to_corner
 
@@ -53,31 +52,12 @@ def read_expected(family):
 
 
 @pytest.fixture(scope="module")
-def convert(tmp_path_factory):
-    """Converts a family once, as `convllava convert` does, after `convllava apply-delta` where there is a delta."""
-    done = {}
-
-    def convert(family):
-        if family not in done:
-            done[family] = tmp_path_factory.mktemp(family) / family
-            folder = REFERENCE / family
-            source = folder / "model"
-            if not source.exists():
-                source = done[family].with_name("merged")
-                apply_delta(folder / "base", folder / "delta", source)
-            convert_checkpoint(source, done[family], vision_tower=folder / TOWERS[family])
-        return done[family]
-
-    return convert
-
-
-@pytest.fixture(scope="module")
-def load(convert):
+def load(convert_family):
     """Loads a family's model in float32 and its processor with the exact image backend, once."""
 
     @cache
     def load(family):
-        folder = convert(family)
+        folder = convert_family(family)
         model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert type(model) is LlavaForConditionalGeneration and not any(info.values())
         processor = AutoProcessor.from_pretrained(folder)
@@ -115,10 +95,10 @@ def check_pixels(exact, fast, expected, std):
 
 
 @pytest.mark.parametrize(("family", "name"), list(list_cases("images")))
-def test_pixel_values(family, name, load, convert):
+def test_pixel_values(family, name, load, convert_family):
     expected, tensors = read_expected(family)
     image, exact = open_image(family, name), load(family)[1].image_processor
-    fast = AutoProcessor.from_pretrained(convert(family)).image_processor
+    fast = AutoProcessor.from_pretrained(convert_family(family)).image_processor
     pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for processor in (exact, fast)]
     if f"pixel_values.{name}" in tensors:
         check_pixels(*pixels, tensors[f"pixel_values.{name}"], fast.image_std)

@@ -95,6 +95,14 @@ def read_projector(source: str | Path) -> dict[str, torch.Tensor]:
     return {f"linear_{layer}.{leaf}": found[layer, leaf] for layer, leaf in order}
 
 
+def is_identity(projector: dict[str, torch.Tensor]) -> bool:
+    """Whether the second of two layers changes nothing, as in a LLaVA v0 or LLaVAR model of transformers."""
+    weight, bias = projector.get("linear_2.weight"), projector.get("linear_2.bias")
+    if weight is None or bias is None or len(projector) != 4 or weight.shape[0] != weight.shape[1]:
+        return False
+    return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
+
+
 def extract_projector(source: str | Path, output: str | Path, *, force: bool = False) -> Path:
     """Writes the projector of a checkpoint or an adapter to a file of its own.
 
@@ -120,6 +128,9 @@ def extract_projector(source: str | Path, output: str | Path, *, force: bool = F
         renamed = {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
         save_file(renamed, output, {"format": "pt"})
         return output
+    layers = {name: tensor for name, tensor in projector.items() if not name.startswith("linear_2")}
+    # LLaVA v0's one linear layer is stored as two, the second of which is the identity.
+    projector = layers if is_identity(projector) else projector
     single = len({name.split(".")[0] for name in projector}) == 1
     renamed = {}
     for name, tensor in projector.items():
@@ -151,6 +162,8 @@ def insert_projector(
     checkpoint, output = Path(checkpoint), Path(output)
     reader, new = CheckpointReader(checkpoint), read_projector(projector)
     targets = {name: match[1] for name in reader.tensors if (match := PROJECTOR_WEIGHT.search(name))}
+    if len(new) == 2 and is_identity(current := read_projector(checkpoint)):
+        new = {**current, **new}
     if set(targets.values()) != set(new):
         raise ConversionError(
             f"{projector} holds {', '.join(new)}; expected {', '.join(sorted(targets.values())) or 'nothing'}, as in "

@@ -3,7 +3,7 @@
     python benchmarks/data.py                           # 10,000, 100,000 and 665,298 rows; needs 4 GB of disk
     python benchmarks/data.py --rows 1000 --processes 1
 
-Synthetic LLaVA-format JSON of the size of the mix of 665K (1.6 kB per row, six rows in ten with an image of 96x72
+Synthetic LLaVA-format JSON of the size of the mix of 665K (1.5 kB per row, six rows in ten with an image of 96x72
 pixels) is built in a temporary folder. Each way runs in a process of its own; its memory is that of the process and its
 workers together (proportional set size: what processes share is counted once), sampled every 50 ms.
 
@@ -44,7 +44,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Writes rows of about 1.6 kB, one at a time."""
+    """Writes rows of about 1.5 kB, one at a time."""
     rng = random.Random(0)
     with file.open("w", encoding="utf-8") as out:
         out.write("[")

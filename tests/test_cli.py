@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from typer.testing import CliRunner
 
 from convllava_hf import answer, cli, inference, load
+from convllava_hf.llava_family import fit_to_corner
 
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,16 @@ def test_ask_prints_the_answer(checkpoint, image, expected):
     code, out, err = run("ask", image, QUESTION, "-m", checkpoint, "--max-new-tokens", 5)
     assert (code, out) == (0, expected + "\n")
     assert "(cut after 5 tokens; --max-new-tokens sets the limit)" in err
+
+
+def test_ask_puts_images_into_the_corner_of_a_black_square(checkpoint, image, tmp_path):
+    """LLaVAR's way: the same answer as to the image that was put there beforehand."""
+    with Image.open(image) as opened:
+        fit_to_corner(opened, 100).save(tmp_path / "fitted.png")
+    arguments = (QUESTION, "-m", checkpoint, "--max-new-tokens", 5)
+    expected = run("ask", tmp_path / "fitted.png", *arguments)[:2]
+    assert run("ask", image, *arguments, "--fit-to-corner", 100)[:2] == expected
+    assert run("ask", image, *arguments)[:2] != expected
 
 
 def test_ask_takes_several_images_and_a_budget(checkpoint, image):

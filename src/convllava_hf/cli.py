@@ -49,6 +49,12 @@ ImageTokensOption = Annotated[
         metavar="N", min=1, help="Most tokens per image; fewer are faster and see less. [default: as trained]"
     ),
 ]
+CornerOption = Annotated[
+    int | None,
+    typer.Option(
+        "--fit-to-corner", metavar="PIXELS", min=1, help="Put images into the corner of a black square, as LLaVAR does."
+    ),
+]
 NewTokensOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Longest answer, in tokens. [default: 512, or what fits]")
 ]
@@ -93,6 +99,7 @@ def ask(
     model: ModelOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with counts and times.")] = False,
     max_image_tokens: ImageTokensOption = None,
+    corner: CornerOption = None,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
@@ -118,9 +125,9 @@ def ask(
     """
     with report_errors():
         images, question = split_inputs(inputs or [])
-        from .inference import answer, load_image
+        from .inference import answer
 
-        images = [load_image(image) for image in images]  # what is wrong here shows before the weights load
+        images = [open_image(image, corner) for image in images]  # what is wrong here shows before the weights load
         loaded, processor = load_model(
             model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed
         )
@@ -161,6 +168,7 @@ def chat(
     *,
     model: ModelOption,
     max_image_tokens: ImageTokensOption = None,
+    corner: CornerOption = None,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
@@ -188,9 +196,9 @@ def chat(
       convllava chat -m MODEL < lines.txt
     """
     with report_errors():
-        from .inference import answer, load_image
+        from .inference import answer
 
-        shown = [load_image(image) for image in images or []]
+        shown = [open_image(image, corner) for image in images or []]
         loaded, processor = load_model(
             model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed
         )
@@ -203,7 +211,7 @@ def chat(
                 if command == "/image":
                     if not rest.strip():
                         raise ValueError("/image needs a path or a URL.")
-                    shown += [load_image(path) for path in shlex.split(rest)]
+                    shown += [open_image(path, corner) for path in shlex.split(rest)]
                 elif command == "/reset":
                     history, shown = [], []
                 elif command == "/help":
@@ -368,6 +376,15 @@ def split_inputs(inputs: list[str]) -> tuple[list[str], str]:
     if not question:
         raise ValueError("there is no question: none was given after the images, and standard input is empty.")
     return inputs, question
+
+
+def open_image(source: str, corner: int | None):
+    """Loads an image; with `corner` puts it into a black square of that many pixels."""
+    from .inference import load_image
+    from .llava_family import fit_to_corner
+
+    image = load_image(source)
+    return fit_to_corner(image, corner) if corner else image
 
 
 def is_file(name: str) -> bool:

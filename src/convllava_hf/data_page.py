@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from .llava_rows import list_parts
@@ -81,7 +83,15 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
 
     Returns:
         The page.
+
+    Raises:
+        ValueError: an image cannot be read, or transformers is too old to tell where answers are.
     """
+    if processor is not None and Version(transformers.__version__) < Version("5.18"):
+        raise ValueError(
+            f"transformers {transformers.__version__} marks answers at the wrong place after an image; install 5.18 or "
+            "newer, or leave out --model."
+        )
     legend = (
         '<span class="loss">carries loss</span> <span class="none">does not</span> <span class="image">image</span>. '
         "A line at the right edge ends a token."
@@ -90,7 +100,10 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
     )
     body = [f"<h1>{html.escape(title)}</h1><p class='text'>{legend}</p>"]
     for file, number, row in rows:
-        images = [open_image(image) for image in row["images"] or []]
+        try:
+            images = [open_image(image) for image in row["images"] or []]
+        except OSError as error:
+            raise ValueError(f"{file}, row {number}: {error}; see `convllava data check`.") from error
         text, counts = render_tokens(row, images, processor) if processor else (render_messages(row), "")
         body.append(f"<h2>{html.escape(file)}, row {number}<span class='counts'>{counts}</span></h2>")
         body += [render_image(image, index) for index, image in enumerate(images, 1)]

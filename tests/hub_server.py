@@ -58,7 +58,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """A request that arrived: `received` counts the bytes of its body, `sent` those of the answer's."""
+    """A request that arrived, with headers under lower-case names and the bytes of its body and of its answer's."""
 
     method: str
     path: str
@@ -224,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query)
         path = unquote(parts.path)
-        self.request_entry = Request(self.command, path, dict(self.headers))
+        self.request_entry = Request(self.command, path, {key.lower(): value for key, value in self.headers.items()})
         self.fault = None
         with self.hub.lock:
             self.hub.requests.append(self.request_entry)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -52,6 +51,7 @@ from .checkpoint_io import (
 from .configuration_convllava import ConvLlavaConfig
 from .image_processing_convllava import ConvLlavaImageProcessor
 from .llava_family import build_llava, is_vit, read_llava_family, read_vit
+from .model_cards import build_model_card, list_image_tokens
 from .modeling_convllava import ConvLlavaForConditionalGeneration
 from .processing_convllava import ConvLlavaProcessor
 from .registration import HUB_FILES
@@ -643,6 +643,7 @@ def _write_model(
         return ["the model has exactly these tensors", "configuration, tokenizer and processor load and agree"]
 
     content["architecture"] = model_class.__name__
+    content["image_tokens"] = list_image_tokens(config)
     content["vocabulary"] = {
         "rows_before": vocabulary.rows_before,
         "rows_after": vocabulary.rows_after,
@@ -779,72 +780,3 @@ class _Writer:
             for path in source.reader.files
         ]
         return {"role": source.role, "name": source.name, "revision": source.revision, "files": files}
-
-
-def build_model_card(name: str, content: dict) -> str:
-    """Writes the README.md of a converted checkpoint: what it is, how to use it, where every file came from.
-
-    Args:
-        name: of the output.
-        content: of the report.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
-    is_tower = content["kind"] == "vision tower"
-    is_llava = content.get("architecture") == LlavaForConditionalGeneration.__name__
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction" if is_tower else "image-text-to-text",
-        base_model=[source["name"] for source in content["sources"] if source["revision"]] or None,
-        license=content.get("license"),
-        tags=["convnext"] if is_tower else [*([] if is_llava else ["convllava", "convnext"]), "llava", "multimodal"],
-    )
-    package = "" if is_llava else "import convllava_hf\n"
-    usage = f"""```python
-{package}from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained("{name}")
-content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is it?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(model.device)
-answer = model.generate(**inputs, max_new_tokens=128)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""
-    if not is_llava:
-        usage += "\n\nWithout convllava-hf, leave its import out and pass `trust_remote_code=True` to both calls."
-    if is_tower:
-        usage = "It is a `ConvNextModel` of transformers; `convllava init --vision` builds a model from it."
-    rows = "\n".join(
-        f"| {source['role']} | {source['name']} | {source['revision'] or 'local folder'} | {file['name']} | "
-        f"`{file['sha256']}` |"
-        for source in content["sources"]
-        for file in source["files"]
-    )
-    counts = ", ".join(f"{number} {action}" for action, number in content["counts"].items())
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-A {content["kind"]}, made with convllava-hf {content["convllava_hf"]} from the files below.
-
-## Use
-
-{usage}
-
-## Provenance
-
-| part | source | revision | file | SHA-256 |
-|---|---|---|---|---|
-{rows}
-
-Tensors: {counts}. `conversion_report.json` lists every one of them.
-"""

@@ -274,7 +274,11 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
     filled = fill_repo_id(card, repo_id)
     if "README.md" not in files or filled != card:
         files["README.md"] = filled.encode()
-    ModelCard(card).data.to_yaml()  # raises on metadata that is no metadata, before anything is sent
+    try:
+        ModelCard(filled)  # before anything is sent
+    except Exception as error:  # errors of YAML and of its content have no common base
+        text = " ".join(str(error).split())
+        raise HubError(f"the metadata of README.md cannot be read: {text} Correct the card.") from error
     return files, left_out
 
 
@@ -369,6 +373,9 @@ def explain_errors(action: str, token: str | None) -> Iterator[None]:
 def describe_error(error: Exception, action: str, tokens: list[str | None]) -> str:
     """One line about an error: its cause, and the way out."""
     cause, status, number = error, None, None
+    # huggingface_hub says what is wrong with a card in an error that it makes of the Hub's.
+    if str(error).startswith("Invalid metadata in README.md"):
+        return f"{action} failed: {' '.join(str(error).split())}. Correct the card."
     while cause is not None and status is None and number is None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         number = getattr(cause, "errno", None)
@@ -380,7 +387,7 @@ def describe_error(error: Exception, action: str, tokens: list[str | None]) -> s
         text = f"HTTP {status}{where}. {fix}"
     elif number in NO_SPACE:
         text = f"{os.strerror(number)}. Free some space and run the same command again; it goes on from there."
-    elif is_offline_mode():
+    elif is_offline_mode() and isinstance(error, ConnectionError | LocalEntryNotFoundError):
         text = "HF_HUB_OFFLINE is set, and this is not in the cache. Unset it, or pull once with a connection."
     elif isinstance(error, LocalEntryNotFoundError) or not isinstance(error, ValueError):
         text = f"{text[:300].rstrip('.')}. Check the connection and run the same command again; it goes on from there."

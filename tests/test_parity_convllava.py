@@ -212,6 +212,32 @@ def test_labels_and_losses(version, aligned_masks, original, reference, model, p
     assert compared == {"v1": 9, "plain": 3}[version]
 
 
+@pytest.mark.parametrize("trainer", ["trl", "convllava"])
+def test_what_training_sees(trainer, aligned_masks, original, reference, converted, tmp_path):
+    """From the JSON through `convllava data build` and a collator, TRL's or ours: the original's ids and labels."""
+    pytest.importorskip("trl", reason="training needs the extra `train`")
+    from datasets import load_dataset
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    from convllava_hf.data import build_dataset
+    from convllava_hf.training import ConvLlavaCollator
+
+    build_dataset([(reference / "convllava" / "train.json", reference / "convllava" / "images")], tmp_path / "data")
+    rows = load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    collator = {"trl": DataCollatorForVisionLanguageModeling, "convllava": ConvLlavaCollator}[trainer]
+    collate = collator(AutoProcessor.from_pretrained(converted), assistant_only_loss=True)
+    expected = original[0]["train"]["v1"]["train.json"]
+    ids = [row["id"] for row in json.loads((reference / "convllava" / "train.json").read_text())]
+    assert len(rows) == len(ids) == len(expected)
+    for name, row in zip(ids, rows, strict=True):
+        if expected[name]["loss"] is None:  # the original gives up on it; `original_masks` does as well
+            continue
+        batch = collate([row])
+        image_token = collate.processor.image_token_id
+        assert batch["input_ids"][0].tolist() == expand(expected[name]["input_ids"], image_token), name
+        assert batch["labels"][0].tolist() == expand_labels(expected[name]), name
+
+
 def test_loss_of_a_batch(aligned_masks, original, reference, model, processor, templates):
     expected = original[0]["train"]["v1"]["batch_of_train.json"]
     rows = {row["id"]: row for _, row in read_rows(reference)}

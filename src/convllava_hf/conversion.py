@@ -482,6 +482,33 @@ def _read_chat_template(name: str) -> str:
     return templates[name].read_text(encoding="utf-8")
 
 
+def _add_start_token(tokenizer) -> str:
+    """The tokenizer's chat template, with the token that begins a text in it where the tokenizer adds one.
+
+    Chat servers and TRL tokenise a rendered chat without adding special tokens, so without this their texts would lack
+    the first token of every text that the model was trained on. transformers sees it there and adds no second one.
+    """
+    template, start = tokenizer.chat_template, tokenizer.bos_token
+    if not start or tokenizer("A")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return template
+    answer = {"role": "assistant", "content": "A."}
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    chats = [[picture, answer], [{"role": "user", "content": "What is it?"}, answer]]
+    best, most = template, 0
+    # Tokenizers differ in whether a word after a special token begins with SentencePiece's space by itself.
+    for gap in ("", " "):
+        candidate = f"{{{{- bos_token ~ '{gap}' -}}}}\n{template}"
+        same = []
+        for chat in chats:
+            plain = tokenizer.apply_chat_template(chat, tokenize=False)
+            started = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=candidate)
+            ids = tokenizer(started, add_special_tokens=False)["input_ids"]
+            same.append(ids == tokenizer(plain)["input_ids"])
+        if same[0] and sum(same) > most:  # texts without an image come second: captions always have one
+            best, most = candidate, sum(same)
+    return best
+
+
 def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     text_config, tokenizer = language.config, language.tokenizer
     # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
@@ -585,6 +612,7 @@ def _write_model(
     tokenizer.chat_template = _read_chat_template(language.chat_template)
     if language.image_tag:
         tokenizer.chat_template = f"{{%- set image_tag = '{language.image_tag}' -%}}\n{tokenizer.chat_template}"
+    tokenizer.chat_template = _add_start_token(tokenizer)
     language.config.vocab_size = vocabulary.rows_after
     language.config.pad_token_id = tokenizer.pad_token_id
     try:

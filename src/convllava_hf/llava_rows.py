@@ -256,7 +256,9 @@ def count_tokens(messages: list[dict], sizes: list[tuple[int, int]], processor) 
     text = processor.apply_chat_template(messages, tokenize=False)
     counts = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
     text, _ = processor.get_text_with_replacements([text], [processor.image_token * count for count in counts])
-    return len(processor.tokenizer(text[0])["input_ids"])
+    start = processor.tokenizer.bos_token
+    has_start = bool(start) and text[0].startswith(start)  # else the tokenizer adds it, where it does so
+    return len(processor.tokenizer(text[0], add_special_tokens=not has_start)["input_ids"])
 
 
 def cut_messages(

@@ -87,3 +87,12 @@ def convert_family(reference: Path, tmp_path_factory: pytest.TempPathFactory):
         return done[family]
 
     return convert
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A small Hub on loopback that huggingface_hub of this process is pointed at; see `hub_server`."""
+    from hub_server import run_hub
+
+    with run_hub(tmp_path, monkeypatch) as server:
+        yield server

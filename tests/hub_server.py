@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -535,10 +534,26 @@ ROUTES: list[tuple[str, str, Callable]] = [
 ]
 
 
-def corrupt_object(hub: HubServer, sha256: str) -> None:
-    """Changes the last byte of a stored object, as a failing disk might."""
-    path = hub.root / "objects" / sha256
-    shutil.copyfile(path, path.with_suffix(".whole"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+@contextmanager
+def run_hub(folder: Path, monkeypatch):
+    """Runs a server and points huggingface_hub of this process at it, by its own settings: it reads them when it is
+    imported, so they are set as it would have read them. Nothing of the client is replaced."""
+    import huggingface_hub
+    from huggingface_hub import HfFileSystem, constants
+    from transformers.utils.hub import hf_api
+
+    with HubServer(folder / "server").run() as server:
+        for name, value in (
+            ("ENDPOINT", server.endpoint),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(folder / "cache")),
+            ("HF_TOKEN_PATH", str(folder / "no-token")),
+        ):
+            monkeypatch.setattr(constants, name, value)
+        for api in (huggingface_hub.hf_api.api, hf_api()):  # made before, with the endpoint of that time
+            monkeypatch.setattr(api, "endpoint", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        HfFileSystem.clear_instance_cache()
+        yield server

@@ -1,7 +1,6 @@
 """Push and pull against a small Hub on loopback, through huggingface_hub's real client.
 
-huggingface_hub reads its settings when it is imported, so the fixture `hub` sets those of this process; nothing of the
-client is replaced. The processes that must not have the package, or must be offline, are processes of their own.
+The processes that must not have the package, or must be offline, are processes of their own.
 """
 
 import hashlib
@@ -18,7 +17,6 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import constants
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
-from transformers.utils.hub import hf_api
 
 from convllava_hf.checkpoint_io import CheckpointReader
 from convllava_hf.hub import HubError, describe_error, pull_checkpoint, push_checkpoint
@@ -34,25 +32,6 @@ COMMIT = r"/api/models/.*/commit/.*"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A running server that huggingface_hub of this process is pointed at, by its own settings."""
-    with HubServer(tmp_path / "server").run() as server:
-        for name, value in (
-            ("ENDPOINT", server.endpoint),
-            ("HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
-            ("HF_HUB_OFFLINE", False),
-            ("HF_HUB_DISABLE_XET", True),
-            ("HF_HUB_CACHE", str(tmp_path / "cache")),
-            ("HF_TOKEN_PATH", str(tmp_path / "no-token")),
-        ):
-            monkeypatch.setattr(constants, name, value)
-        for api in (huggingface_hub.hf_api.api, hf_api()):  # made before, with the endpoint of that time
-            monkeypatch.setattr(api, "endpoint", server.endpoint)
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        yield server
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

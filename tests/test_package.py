@@ -192,7 +192,7 @@ def test_wheel_holds_the_package_data(tmp_path):
         packed = set(archive.namelist())
     expected = {
         path.relative_to(ROOT / "src").as_posix()
-        for pattern in ("*.py", "chat_templates/*", "mixtures/*.yaml", "recipes/*.yaml")
+        for pattern in ("*.py", "card_templates/*", "chat_templates/*", "mixtures/*.yaml", "recipes/*.yaml")
         for path in (ROOT / "src" / "convllava_hf").glob(pattern)
         if path.is_file()
     }

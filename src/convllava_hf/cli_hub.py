@@ -15,7 +15,7 @@ RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch
 
 def add_hub_commands(app: typer.Typer) -> None:
     """Adds the commands of this module to the command line."""
-    for command in (push, pull):
+    for command in (push, pull, info, doctor):
         app.command()(command)
 
 
@@ -85,3 +85,45 @@ def pull(
         from .hub import pull_checkpoint
 
         print(pull_checkpoint(repo_id, output, revision, force=force))
+
+
+def info(
+    source: Annotated[str, typer.Argument(metavar="DIR|REPO_ID", help="Folder or Hub id.", show_default=False)],
+    *,
+    revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Say what a checkpoint is: parts, parameters, tokens per image, memory, template, origin. Reads no weights.
+
+    Takes original-format checkpoints too. Of a repository on the Hub a few kilobytes are fetched.
+
+    \b
+    Examples:
+      convllava info my-model
+      convllava info ConvLLaVA/ConvLLaVA-sft-1536 --json
+    """
+    with report_errors():
+        from .checkpoint_checks import describe_checkpoint
+
+        described = describe_checkpoint(source, revision)
+        print(described.to_json() if as_json else described.summary())
+
+
+def doctor(folder: FolderArgument):
+    """Check everything in a checkpoint; exit code 2 where something is wrong.
+
+    Tensors against the configuration, their values, the tokenizer, the chat template, the code files, and the hashes of
+    the conversion.
+
+    \b
+    Example:
+      convllava doctor my-model && convllava push my-model someone/my-model
+    """
+    with report_errors():
+        from .checkpoint_checks import check_checkpoint
+
+        checks = check_checkpoint(folder)
+        for check in checks:
+            print(f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}")
+        if wrong := sum(check.problem is not None for check in checks):
+            raise ValueError(f"{wrong} of {len(checks)} checks of {folder} found something wrong.")

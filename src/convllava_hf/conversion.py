@@ -527,7 +527,7 @@ def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     )
 
 
-def _list_shapes(model: nn.Module, config: PreTrainedConfig) -> tuple[dict, tuple[str, ...]]:
+def list_shapes(model: nn.Module, config: PreTrainedConfig) -> tuple[dict, tuple[str, ...]]:
     """Shapes of what a model stores, and the names that it does not store because they are tied."""
     published = LLAVA_PUBLISHED.rename if isinstance(model, LlavaForConditionalGeneration) else str
     tied = ("lm_head.weight",) if getattr(config, "tie_word_embeddings", False) else ()
@@ -623,7 +623,7 @@ def _write_model(
         raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
     generation_config = _build_generation_config(language)
     sources = [language.source, tower.source]
-    shapes, tied = _list_shapes(model, config)
+    shapes, tied = list_shapes(model, config)
     tensors, records = plan_weights(
         shapes,
         sources,
@@ -684,7 +684,7 @@ def _write_tower(writer: "_Writer", tower: Tower) -> ConversionReport:
     """Writes a tower alone, as a ConvNextModel with the image processor that its original comes with."""
     config = tower.config
     with torch.device("meta"):
-        shapes, _ = _list_shapes(ConvNextModel(config), config)
+        shapes, _ = list_shapes(ConvNextModel(config), config)
     # The released towers lack the norm of the pooled output. With one they load without a warning.
     pooled = {"layernorm.weight": torch.ones, "layernorm.bias": torch.zeros}
     tensors, records = plan_weights(
@@ -718,7 +718,7 @@ def _write_tower(writer: "_Writer", tower: Tower) -> ConversionReport:
 
 def _check_stored(folder: Path, model: nn.Module, config: PreTrainedConfig):
     """Compares names and shapes of what was saved with those of a model that the saved configuration describes."""
-    shapes, _ = _list_shapes(model, config)
+    shapes, _ = list_shapes(model, config)
     stored = {name: tensor.shape for name, tensor in CheckpointReader(folder).tensors.items()}
     if stored != shapes:
         wrong = sorted(name for name in {*stored, *shapes} if stored.get(name) != shapes.get(name))

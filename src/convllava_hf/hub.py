@@ -35,12 +35,11 @@ from .checkpoint_io import (
     check_output,
     hash_file,
     parse_size,
-    read_json,
     stage_output,
     write_checkpoint,
 )
 from .model_cards import build_folder_card, fill_repo_id
-from .registration import HUB_FILES
+from .registration import list_code_files
 from .weight_maps import ConversionError
 
 
@@ -280,26 +279,6 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
         text = " ".join(str(error).split())
         raise HubError(f"the metadata of README.md cannot be read: {text} Correct the card.") from error
     return files, left_out
-
-
-def list_code_files(folder: Path) -> dict[str, str]:
-    """Compares the code files of a checkpoint with those of this package.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        File name -> `"same"`, `"modified"`, `"missing"` (of the files that a ConvLLaVA needs), or `"unknown"`.
-    """
-    states = {}
-    names = HUB_FILES if read_json(folder / "config.json").get("model_type") == "convllava" else ()
-    for name in names:
-        if not (folder / name).is_file():
-            states[name] = "missing"
-        else:
-            same = (folder / name).read_bytes() == Path(__file__).with_name(name).read_bytes()
-            states[name] = "same" if same else "modified"
-    return states | {path.name: "unknown" for path in sorted(folder.glob("*.py")) if path.name not in names}
 
 
 @contextmanager

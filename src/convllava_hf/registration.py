@@ -3,7 +3,9 @@
 Importing `convllava_hf` calls `register()` once.
 """
 
+import json
 import sys
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -58,3 +60,24 @@ def register() -> None:
     ConvLlavaProcessor.register_for_auto_class()
     for image_processor in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
         image_processor.register_for_auto_class()
+
+
+def list_code_files(folder: Path) -> dict[str, str]:
+    """Compares the code files of a checkpoint with those of this package.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        File name -> `"same"`, `"modified"`, `"missing"` (of the files that a ConvLLaVA needs), or `"unknown"`.
+    """
+    states = {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = HUB_FILES if config.get("model_type") == "convllava" else ()
+    for name in names:
+        if not (folder / name).is_file():
+            states[name] = "missing"
+        else:
+            same = (folder / name).read_bytes() == Path(__file__).with_name(name).read_bytes()
+            states[name] = "same" if same else "modified"
+    return states | {path.name: "unknown" for path in sorted(folder.glob("*.py")) if path.name not in names}

@@ -73,7 +73,7 @@ def test_info_of_conversions_and_originals(converted, llava, reference):
 
 
 @pytest.mark.parametrize("name", ["tiny", "original"])
-def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, tmp_path):
+def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatch):
     import huggingface_hub
 
     folder = tiny if name == "tiny" else reference / "convllava" / "llm"
@@ -88,6 +88,13 @@ def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, tmp_path):
     fetched = sum(request.sent for request in hub.requests if request.path.startswith("/cdn/"))
     assert all(request.headers.get("range") for request in hub.requests if request.path.startswith("/cdn/"))
     assert fetched < min(size, 1_100_000), "more than the ends of the weight files were fetched"
+    from huggingface_hub import constants
+
+    huggingface_hub.snapshot_download("someone/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = describe_checkpoint("someone/model")
+    offline.name = here.name
+    assert offline == here
 
 
 def test_info_never_runs_a_pickle(tmp_path, reference):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, is_offline_mode, snapshot_download
 from PIL import Image
 from transformers import (
     ConvNextConfig,
@@ -147,6 +147,12 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         names = {path.name for path in folder.iterdir()}
         return _describe(str(source), folder, names, lambda name: open(folder / name, "rb"))
     repo_id = str(source)
+    if is_offline_mode():  # what is in the cache is a folder
+        with explain_errors(f"looking at {repo_id}", token):
+            folder = Path(snapshot_download(repo_id, revision=revision))
+            return _describe(
+                repo_id, folder, {path.name for path in folder.iterdir()}, lambda n: open(folder / n, "rb")
+            )
     with explain_errors(f"looking at {repo_id}", token):
         api = HfApi(token=token)
         commit, there = list_remote(api, repo_id, revision or "main", must_exist=True)
@@ -165,7 +171,7 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
     is_original = "mm_vision_tower" in config
     info = CheckpointInfo(name, f"{kind} ({', '.join(config.get('architectures') or ['no architecture named'])})")
     if is_original:
-        info.kind = f"original format ({', '.join(config['architectures'])}), to be converted; tower: "
+        info.kind = f"original format ({', '.join(config.get('architectures') or [])}), to be converted; tower: "
         info.kind += str(config["mm_vision_tower"])
         info.image_tokens = _guess_image_tokens(str(config["mm_vision_tower"]))
     elif kind in CONFIG_CLASSES:

@@ -133,6 +133,14 @@ def test_sound_checkpoints_pass(tiny, converted, llava):
         assert len(checks) == number and not [check for check in checks if check.problem], checks
 
 
+def test_what_cannot_be_checked_is_named(copy, reference):
+    with pytest.raises(ConversionError, match="original format; convert it first"):
+        check_checkpoint(reference / "convllava" / "llm")
+    change_config(copy, model_type="bert")
+    with pytest.raises(ConversionError, match="type 'bert'; expected one of convllava, llava"):
+        check_checkpoint(copy)
+
+
 def change_tensors(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

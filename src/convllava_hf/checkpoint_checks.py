@@ -110,7 +110,7 @@ class CheckpointInfo:
             ("kind", self.kind),
             ("parameters", f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
             ("stored as", dtypes),
-            ("weights", ", ".join(f"{size / 1e9:.2f} GB in {name}" for name, size in self.memory.items())),
+            ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in self.memory.items())),
             ("images", ", ".join(f"{height}x{width}: {tokens} tokens" for height, width, tokens in self.image_tokens)),
             ("template", self.chat_template or "none"),
             ("recipe", self.recipe or "not recorded"),
@@ -123,6 +123,11 @@ class CheckpointInfo:
             else:
                 rows += [("code", f"{state}: {', '.join(names)}") for state, names in states.items() if state != "same"]
         return "\n".join([self.name, *(f"  {name:10}  {value}" for name, value in rows if value)])
+
+
+def format_size(size: int) -> str:
+    """A number of bytes in GB, or MB below one."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def describe_checkpoint(source: str | Path, revision: str | None = None, token: str | None = None) -> CheckpointInfo:
@@ -322,11 +327,13 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         ConversionError: the folder has no configuration, or one of another kind of model.
     """
     folder = Path(folder).expanduser()
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in MODEL_CLASSES or "mm_vision_tower" in read_json(folder / "config.json"):
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if "mm_vision_tower" in settings:
+        raise ConversionError(f"{folder} is in the original format; convert it first: convllava convert.")
+    if kind not in MODEL_CLASSES:
         raise ConversionError(
-            f"{folder} holds a model of type {kind!r} that this cannot check; expected one of "
-            f"{', '.join(MODEL_CLASSES)}, converted. Use `convllava convert` first."
+            f"{folder} holds a model of type {kind!r}; expected one of {', '.join(MODEL_CLASSES)}. Pass another."
         )
     config_class, model_class, processor_class = MODEL_CLASSES[kind]
     checks: list[Check] = []

@@ -38,7 +38,7 @@ from .checkpoint_io import (
     stage_output,
     write_checkpoint,
 )
-from .model_cards import build_folder_card, fill_repo_id
+from .model_cards import build_folder_card, fill_repo_id, has_trainer_card
 from .registration import list_code_files
 from .weight_maps import ConversionError
 
@@ -110,8 +110,8 @@ def push_checkpoint(
 ) -> PushReport:
     """Publishes the folder of a checkpoint: weights, code, template, configurations and card, in one commit.
 
-    A folder without a README.md gets a card. Code files that are missing are added, and weights that an earlier push
-    left behind are deleted by the same commit.
+    A folder without a README.md, or with that of a trainer, gets a card. Code files that are missing are added, and
+    weights that an earlier push left behind are deleted by the same commit.
 
     Args:
         folder: with safetensors, as `convert`, `train` or `save_pretrained` writes it.
@@ -266,18 +266,16 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
             "pushed. Delete it; push adds what the checkpoint needs."
         )
     files |= {name: Path(__file__).with_name(name) for name, state in code.items() if state == "missing"}
-    if "README.md" in files:
-        card = files["README.md"].read_text(encoding="utf-8")
-    else:
-        card = build_folder_card(folder)
-    filled = fill_repo_id(card, repo_id)
-    if "README.md" not in files or filled != card:
-        files["README.md"] = filled.encode()
     try:
-        ModelCard(filled)  # before anything is sent
+        own = "README.md" in files and not has_trainer_card(folder)
+        card = (folder / "README.md").read_text(encoding="utf-8") if own else build_folder_card(folder)
+        filled = fill_repo_id(card, repo_id)
+        ModelCard(filled)  # raises on metadata that cannot be read, before anything is sent
     except Exception as error:  # errors of YAML and of its content have no common base
         text = " ".join(str(error).split())
         raise HubError(f"the metadata of README.md cannot be read: {text} Correct the card.") from error
+    if not own or filled != card:
+        files["README.md"] = filled.encode()
     return files, left_out
 
 

@@ -155,8 +155,18 @@ def write_release_cards(folder: str | Path) -> None:
         (Path(folder) / f"{name}.md").write_text(build_release_card(name), encoding="utf-8")
 
 
+def has_trainer_card(folder: Path) -> bool:
+    """Whether the card of a folder is the one that a trainer of transformers or TRL writes."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return False
+    return "generated_from_trainer" in (ModelCard.load(file, ignore_metadata_errors=True).data.tags or [])
+
+
 def build_folder_card(folder: Path) -> str:
-    """Writes a card for a checkpoint that has none, from what its folder tells.
+    """Writes a card for a checkpoint that has none of its own, from what its folder tells.
+
+    The card of a training is TRL's, which knows of text only; what it says about the training is taken over.
 
     Args:
         folder: of the checkpoint.
@@ -167,13 +177,18 @@ def build_folder_card(folder: Path) -> str:
     report = folder / "conversion_report.json"
     if report.is_file():
         return build_model_card(folder.name, json.loads(report.read_text(encoding="utf-8")))
+    trained = ModelCard.load(folder / "README.md") if has_trainer_card(folder) else None
+    facts = {}
+    if trained is not None:
+        facts["training"] = trained.text.partition("## How it was trained")[2] or "With TRL."
+        facts |= {key: trained.data[key] for key in ("license", "datasets") if trained.data.get(key)}
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     config = CONFIG_CLASSES[kind].from_pretrained(folder) if kind in CONFIG_CLASSES else None
     return _render(
         folder.name,
-        {},
+        facts,
         description=f"A model of type `{kind}`.",
-        sources=[],
+        sources=(trained is not None and trained.data.base_model) or [],
         license=None,
         is_tower=kind == "convnext",
         is_convllava=kind == "convllava",
@@ -207,7 +222,7 @@ def _render(
         eval_results=results or None,
         **settings,
     )
-    if facts:
+    if "about" in facts:
         description = f"{facts['about']} {facts['architecture']}\n\nPaper: [{facts['paper']}](https://arxiv.org/abs/"
         description += f"{facts['arxiv']}). This is a conversion to transformers by convllava-hf, not by the authors."
     card = ModelCard.from_template(
@@ -216,7 +231,7 @@ def _render(
         name=name,
         model_id=name,
         description=description,
-        uses=facts and f"For research on models of images and text.\n\n{facts['limits']}",
+        uses="limits" in facts and f"For research on models of images and text.\n\n{facts['limits']}",
         is_tower=is_tower,
         is_convllava=is_convllava,
         trust=", trust_remote_code=True" if is_convllava else "",
@@ -234,7 +249,9 @@ def _render(
 
 
 def fill_repo_id(card: str, repo_id: str) -> str:
-    """Writes where a model can be loaded from into the commands and snippets of a card of ours."""
+    """Writes where a model can be loaded from into the commands and snippets of a card of ours; others stay as is."""
+    if "pip install convllava-hf" not in card:
+        return card
     card = re.sub(r'^(model_id = )".*"$', rf'\g<1>"{repo_id}"', card, flags=re.MULTILINE)
     card = re.sub(r"^(vllm serve )\S+", rf"\g<1>{repo_id}", card, flags=re.MULTILINE)
     return re.sub(r"^(convllava ask .* --model )\S+$", rf"\g<1>{repo_id}", card, flags=re.MULTILINE)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from convllava_hf.checkpoint_io import StoredTensor
-from convllava_hf.conversion import Vocabulary, _list_shapes, _make_identity, convert_checkpoint, plan_weights
+from convllava_hf.conversion import Vocabulary, _make_identity, convert_checkpoint, list_shapes, plan_weights
 from convllava_hf.deltas import apply_delta
 from convllava_hf.llava_family import fit_to_corner
 from convllava_hf.sources import Source
@@ -220,7 +220,7 @@ def test_full_size_plan_covers_the_model(text, vision, words, layers):
         sources[-1].rename(table)
     tables = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     vocabulary = Vocabulary(tables, words, {"<image>": words}, rows, text.vocab_size, words)
-    expected, _ = _list_shapes(model, config)
+    expected, _ = list_shapes(model, config)
     tensors, records = plan_weights(
         expected, sources, vocabulary=vocabulary, fresh=lambda name: _make_identity(model, name)
     )

@@ -135,6 +135,15 @@ class HubServer:
         draft.write_text(json.dumps(repo))
         draft.rename(path)
 
+    def make_repo(self, repo_id: str, private: bool = False):
+        repo = {"private": private, "refs": {}, "commits": {}, "pulls": 0}
+        content = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+        oid = hash_blob(content)
+        (self.root / "blobs" / oid).write_bytes(content)
+        files = {".gitattributes": {"oid": oid, "size": len(content)}}
+        repo["refs"]["main"] = self.add_commit(repo, None, files, "initial commit")
+        self.write_repo(repo_id, repo)
+
     def find_commit(self, repo: dict, revision: str) -> str:
         revision = repo["refs"].get(revision, revision)
         if revision not in repo["commits"]:
@@ -288,7 +297,10 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(401, "Invalid credentials in Authorization header")
         if write and not given:
             raise HubError(401, "Invalid username or password.")
-        if write and (given != WRITE_TOKEN or (repo_id or OWNER).split("/")[0] != OWNER):
+        is_own = (repo_id or OWNER).split("/")[0] == OWNER
+        # Everybody may send objects and propose changes to a public repository.
+        is_proposal = self.query.get("create_pr") == ["1"] or ".git/info/lfs/" in self.path
+        if write and (given != WRITE_TOKEN or not (is_own or is_proposal)):
             raise HubError(403, "You don't have the rights to write to this repository with this token")
         if repo_id and not write and not given and self.hub.read_repo(repo_id)["private"]:
             raise HubError(401, "Repository not found", "RepoNotFound")
@@ -309,14 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if (self.hub.root / "repos" / f"{repo_id}.json").is_file():
                 raise HubError(409, "You already created this model repo", body={**url, "error": "it exists"})
-            private = settings.get("visibility") == "private" or settings.get("private") is True
-            repo = {"private": private, "refs": {}, "commits": {}, "pulls": 0}
-            content = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-            oid = hash_blob(content)
-            (self.hub.root / "blobs" / oid).write_bytes(content)
-            files = {".gitattributes": {"oid": oid, "size": len(content)}}
-            repo["refs"]["main"] = self.hub.add_commit(repo, None, files, "initial commit")
-            self.hub.write_repo(repo_id, repo)
+            self.hub.make_repo(repo_id, settings.get("visibility") == "private" or settings.get("private") is True)
         self.answer(url)
 
     def validate_yaml(self):

@@ -184,6 +184,15 @@ def test_private_branch_pull_request_and_message(hub, checkpoint, monkeypatch):
         pull_checkpoint(REPO, revision="draft")
 
 
+def test_changes_of_others_repositories_can_be_proposed_only(hub, checkpoint):
+    hub.make_repo("another/tiny")
+    with pytest.raises(HubError, match="HTTP 403.*--create-pr"):
+        push_checkpoint(checkpoint, "another/tiny")
+    assert push_checkpoint(checkpoint, "another/tiny", create_pr=True).url.endswith("/discussions/1")
+    assert set(hub.list_files("another/tiny")) == {".gitattributes"}
+    assert "model.safetensors" in hub.list_files("another/tiny", "refs/pr/1")
+
+
 # ---- what is published
 
 
@@ -402,6 +411,17 @@ def test_tokens_are_neither_printed_nor_written(hub, checkpoint, tmp_path, capfd
             assert not path.is_file() or WRITE_TOKEN.encode() not in path.read_bytes(), path
     assert any(WRITE_TOKEN in request.headers.get("authorization", "") for request in hub.requests), "none was used"
     assert not any("authorization" in r.headers for r in hub.requests if r.path.startswith(("/cdn/", "/lfs/")))
+
+
+def test_files_with_a_token_in_them_are_not_published(hub, checkpoint, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for name, content in read_folder(checkpoint).items():
+        (folder / name).write_bytes(content)
+    (folder / "notes.txt").write_text(f"export HF_TOKEN={READ_TOKEN}\n")
+    with pytest.raises(HubError, match="notes.txt holds an access token") as raised:
+        push_checkpoint(folder, REPO)
+    assert READ_TOKEN not in str(raised.value) and not hub.requests
 
 
 def test_tokens_in_messages_of_others_are_blotted_out():

@@ -51,7 +51,7 @@ PUBLISHED = (
 NOT_PUBLISHED = ("trainer_state.json", ".*")
 # Weights and code of an earlier push, which would be mixed with the new ones.
 REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "*_convllava.py")
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # an access token of the Hub
 FIXES = {
     400: "The Hub refused what was sent. Run the same command again; if it stays, check the file on this disk.",
     401: "You are not logged in, or the token is not valid, or the repository is private. Run `hf auth login`, or set "
@@ -241,7 +241,8 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
         File name -> path, or content where it is not the folder's; and the names of what is left out.
 
     Raises:
-        HubError: it is no checkpoint, its weights are no safetensors, or it holds code that is not this package's.
+        HubError: it is no checkpoint, its weights are no safetensors, or it holds code that is not this package's, an
+            access token, or a card that cannot be read.
         ConversionError: weights are missing or damaged.
     """
     if not (folder / "config.json").is_file():
@@ -259,6 +260,11 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
             files[path.name] = path
         else:
             left_out.append(path.name + "/" * path.is_dir())
+    for name, path in files.items():
+        if not name.endswith((".safetensors", ".model", ".png")) and SECRET.search(path.read_text("utf-8", "replace")):
+            raise HubError(
+                f"{path} holds an access token; nothing was sent. Remove it there, and revoke it if it is used."
+            )
     code = list_code_files(folder)
     if changed := [name for name, state in code.items() if state in ("modified", "unknown")]:
         raise HubError(

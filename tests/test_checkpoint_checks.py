@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,12 @@ def test_commands(hub, copy, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     code, output = run("info", "someone/tiny")
     assert code == 2 and output.splitlines()[-1].startswith("error: looking at someone/tiny failed: HTTP 401")
+
+
+def test_doctor_in_a_process_of_its_own(tmp_path):
+    """Nothing has registered the classes there, and no one is at the terminal to be asked about the code files."""
+    folder = save_tiny_checkpoint(tmp_path / "tiny")
+    command = [str(Path(sys.executable).parent / "convllava"), "doctor", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("ok ") == len(done.stdout.splitlines()) == 8

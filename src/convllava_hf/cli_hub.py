@@ -121,7 +121,9 @@ def doctor(folder: FolderArgument):
     """
     with report_errors():
         from .checkpoint_checks import check_checkpoint
+        from .registration import register
 
+        register()
         checks = check_checkpoint(folder)
         for check in checks:
             print(f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}")

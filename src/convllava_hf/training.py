@@ -400,6 +400,7 @@ class ConvLlavaTrainer(SFTTrainer):
         file = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and file.exists():
             card = ModelCard.load(file)
+            card.data.pipeline_tag = "image-text-to-text"
             card.text += describe_training(self.args, self.recipe, self.data)
             card.save(file)
 

@@ -351,3 +351,25 @@ def test_loss_of_a_batch(family, version, aligned_masks, load):
         losses += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
         tokens += (labels[0, 1:] != -100).sum().item()
     assert losses / tokens == pytest.approx(expected["loss"], abs=LOSS)
+
+
+def test_ocr_prompts_of_llavar(convert_family):
+    """The prompts of LLaVAR's evaluation scripts (reading text, MME, instructions), character for character."""
+    processor = AutoProcessor.from_pretrained(convert_family("llavar"))
+    recorded = json.loads((REFERENCE / "llavar" / "ocr_prompts.json").read_text())
+    compared = 0
+    for name in ("mme", "multimodal_ocr", "instruction_following", "scienceqa"):
+        entries = recorded[name] if isinstance(recorded[name], list) else [recorded[name]]
+        for entry in [entry for entry in entries if "question_text" in entry]:
+            content = [{"type": "text", "text": entry["question_text"]}]
+            if "<im_start>" in entry.get("full_prompt", ""):  # the picture has a line of its own, at the end
+                content = [{"type": "text", "text": f"{entry['question_text']}\n"}, {"type": "image"}]
+            chat = [{"role": "user", "content": content}]
+            prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            if "full_prompt" not in entry:  # no picture: only the question is recorded
+                assert f"USER: {entry['stored_prompt']} ASSISTANT:" in prompt
+                continue
+            expected = entry["full_prompt"].replace("<im_patch>{576}", processor.image_token)
+            assert prompt.removeprefix(processor.tokenizer.bos_token).lstrip() == expected, name
+            compared += 1
+    assert compared == 7

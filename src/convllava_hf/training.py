@@ -21,6 +21,7 @@ import trl
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import (
@@ -308,8 +309,10 @@ class ConvLlavaTrainer(SFTTrainer):
         That layer reads weight and bias and does not call the model's own forward, which does this.
         """
         head, padding = self.model.get_output_embeddings(), getattr(self.model.config, "vocab_padding", 0)
-        if padding and head.bias is None:
-            bias = torch.zeros(len(head.weight), device=head.weight.device, dtype=head.weight.dtype)
+        # ZeRO-3 gathers weight and bias by what DeepSpeed knows of them, which a buffer lacks.
+        if padding and head.bias is None and not is_deepspeed_zero3_enabled():
+            device = "cpu" if head.weight.is_meta else head.weight.device
+            bias = torch.zeros(head.out_features, device=device, dtype=head.weight.dtype)
             bias[-padding:] = NEVER
             del head._parameters["bias"]  # a buffer of that name, which is neither trained nor saved
             head.register_buffer("bias", bias, persistent=False)

@@ -36,7 +36,7 @@ LAYERS = (
     ("registration", "conversion", "deltas", "inference", "hub", "checkpoint_checks", "adapters", "vision_cache"),
     ("training", "evaluation"),
     ("cli_options",),
-    ("cli_data", "cli_deltas", "cli_hub", "cli_training", "demo"),
+    ("cli_data", "cli_deltas", "cli_hub", "cli_serving", "cli_training", "demo"),
     ("cli",),
     ("__init__",),
 )

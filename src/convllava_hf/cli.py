@@ -20,6 +20,7 @@ from .cli_data import add_data_commands
 from .cli_deltas import add_delta_commands
 from .cli_hub import add_hub_commands
 from .cli_options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, print_error, report_errors
+from .cli_serving import add_serving_command
 from .cli_training import add_training_commands
 
 
@@ -449,3 +450,4 @@ add_delta_commands(app)
 add_training_commands(app)
 add_data_commands(app)
 add_hub_commands(app)
+add_serving_command(app)

@@ -51,6 +51,7 @@ from convllava_hf.checkpoint_io import (
     write_checkpoint,
 )
 from convllava_hf.conversion import Vocabulary, convert_checkpoint, extend_rows, init_model, plan_weights
+from convllava_hf.modeling_convllava import PADDED_ID_SCORE
 from convllava_hf.sources import Source
 from convllava_hf.weight_maps import CONVLLAVA, CONVNEXT, VISION_TOWER, ConversionError
 
@@ -529,6 +530,26 @@ def test_init_with_tied_embeddings_and_spare_rows(parts, tmp_path):
     assert GenerationConfig.from_pretrained(report.output).eos_token_id == [0, end]
 
 
+def test_init_with_ids_that_the_tokenizer_leaves_out(parts, tmp_path):
+    shutil.copytree(parts / "qwen2", tmp_path / "gap")
+    content = json.loads((tmp_path / "gap" / "tokenizer.json").read_text())
+    (end,) = [token for token in content["added_tokens"] if token["content"] == "<|im_end|>"]
+    highest = end["id"] = max(content["model"]["vocab"].values()) + 12
+    content["model"]["vocab"]["<|im_end|>"] = highest
+    (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((tmp_path / "gap" / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "gap" / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    report = init_model(parts / "timm", tmp_path / "gap", tmp_path / "model", resolution=128)
+    ids = AutoProcessor.from_pretrained(report.output).tokenizer.get_vocab()
+    config = ConvLlavaConfig.from_pretrained(report.output)
+    assert ids["<|im_end|>"] == highest and len(ids) < highest
+    assert max(ids.values()) == config.text_config.vocab_size - config.vocab_padding - 1
+    model = AutoModelForImageTextToText.from_pretrained(report.output)
+    assert model(input_ids=torch.tensor([[5]])).logits[..., highest] > PADDED_ID_SCORE
+
+
 def test_init_with_a_biased_head(parts, tmp_path):
     report = init_model(parts / "timm", parts / "phi", tmp_path / "model", resolution=128)
     bias = load_file(report.output / "model.safetensors")["lm_head.bias"]
@@ -766,7 +787,7 @@ BAD_INPUT = [
     (repeat_tensor, r"'model\.embed_tokens\.weight' is in both"),
     (repeat_target, r"both become 'model\.multi_modal_projector\.linear_1\.bias'"),
     (reshape_tensor, r"'model\.norm\.weight'.*has shape \(63,\); expected \(64,\)"),
-    (shorten_vocabulary, "tokenizer of llm has 1000 tokens and its embeddings .* have 900 rows"),
+    (shorten_vocabulary, "tokenizer of llm has 1000 ids and its embeddings .* have 900 rows"),
     (add_layer, r"'model\.layers\.1\.\S+', for which the model of its config.json has no place"),
     (truncate_shard, r"pytorch_model-00001-of-00002\.bin \(200000 bytes\) cannot be read.*truncated or damaged"),
     (empty_shard, r"\(0 bytes\) is not in the zip format"),
@@ -912,10 +933,20 @@ def test_force_never_deletes_what_is_no_model(released, tmp_path):
 
 
 def test_source_is_never_replaced(broken):
-    for name in ("llm", "vision"):
-        with pytest.raises(ConversionError, match="is a source as well"):
-            convert_checkpoint(broken / "llm", broken / name, vision_tower=broken / "vision", force=True)
+    (broken / "config.json").write_text("{}")
+    for output in (broken / "llm", broken / "vision", broken):
+        with pytest.raises(ConversionError, match="source as well|holds folders beside a model"):
+            convert_checkpoint(broken / "llm", output, vision_tower=broken / "vision", force=True)
     assert (broken / "llm" / "tokenizer.model").exists()
+
+
+def test_checkpoints_of_a_training_run_are_never_replaced(released, tmp_path):
+    convert_checkpoint(released / "vision", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-100").mkdir()
+    (tmp_path / "run" / "checkpoint-100" / "weights").write_text("a day of work")
+    with pytest.raises(ConversionError, match="checkpoint-100"):
+        convert_checkpoint(released / "vision", tmp_path / "run", force=True)
+    assert (tmp_path / "run" / "checkpoint-100" / "weights").read_text() == "a day of work"
 
 
 def test_empty_folder_and_missing_parents_are_fine(released, tmp_path):

@@ -90,6 +90,12 @@ def test_native_sizes_keep_their_promises(seed):
         upscale = float(generator.uniform(1, 4))
         rows, columns = (side // 64 for side in get_native_size(height, width, 64, low, high, upscale))
         assert 1 <= rows * columns <= high
+        limits = [max(1, int(side * upscale // 64)) for side in (height, width)]
+        can_grow = [
+            (rows + r) * (columns + c) <= high and rows + r <= limits[0] and columns + c <= limits[1]
+            for r, c in ((1, 0), (0, 1))
+        ]
+        assert rows * columns >= low or not any(can_grow)
         for cells, side in ((rows, height), (columns, width)):
             assert cells == 1 or cells * 64 <= side * upscale
         if height * width >= low * 64**2 and height * width <= high * 64**2 and min(height, width) >= 256:
@@ -114,6 +120,7 @@ def test_native_sizes_of_known_images(size, expected):
 def test_native_enlarges_small_images_to_the_lower_end_of_the_budget(backend):
     processor = make(backend, image_aspect_ratio="native", min_image_tokens=8, max_image_tokens=16)
     assert processor.num_image_tokens(150, 160) == 9
+    assert processor.num_image_tokens(350, 190, min_image_tokens=16, max_image_tokens=64) >= 16
     assert processor.num_image_tokens(70, 70) == 4  # max_upscale 2.0 wins
     assert processor.num_image_tokens(70, 70, max_upscale=4.0) == 9
 

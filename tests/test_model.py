@@ -151,6 +151,10 @@ def test_scores_of_vocabulary_padding_take_no_probability():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert padded.lm_head.weight.grad[99:].abs().sum() == 0
+    # Averages over the vocabulary and divisions of the scores stay finite.
+    smoothed = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor([5, 6]), label_smoothing=0.1)
+    log_probabilities = (logits / 0.7).log_softmax(-1)
+    assert smoothed.isfinite() and (log_probabilities.exp() * log_probabilities).sum().isfinite()
     padded.resize_token_embeddings(192)
     assert padded.config.vocab_padding == 0
 

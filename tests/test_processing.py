@@ -46,6 +46,11 @@ def test_wrong_numbers_of_images_are_refused(processor, text, images, message):
         processor(text=text, images=[picture()] * images or None)
 
 
+def test_images_of_another_row_do_not_count(processor):
+    with pytest.raises(ValueError, match=r"\[2, 0\] <image> tokens and \[1, 1\] images"):
+        processor(text=["<image><image>a", "b"], images=[[picture()], [picture()]], padding=True)
+
+
 def test_a_tokenizer_without_the_placeholder_is_refused(reference, processor):
     tokenizer = AutoTokenizer.from_pretrained(reference / "convllava" / "llm")
     with pytest.raises(ValueError, match="no token '<image>'.*add_special_tokens"):

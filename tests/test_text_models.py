@@ -154,3 +154,13 @@ def test_weights_and_their_ties_survive_saving(text, model, image_inputs, tmp_pa
 def test_text_models_that_would_run_wrongly_are_refused(text, obstacle):
     with pytest.raises(ValueError, match=f"'{text['model_type']}'.*{obstacle}"):
         ConvLlavaConfig(text_config=text, image_token_id=IMAGE)
+
+
+def test_text_models_with_embeddings_of_another_width_are_refused():
+    text = {"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 1}
+    vision = ConvNextConfig(num_stages=5, depths=[1] * 5, hidden_sizes=[8, 8, 16, 16, 24])
+    config = ConvLlavaConfig(
+        vision_config=vision, text_config={**text, "vocab_size": 96, "num_attention_heads": 4}, image_token_id=IMAGE
+    )
+    with pytest.raises(ValueError, match="embeddings of width 16 and layers of width 32"):
+        ConvLlavaForConditionalGeneration(config)

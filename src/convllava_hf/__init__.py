@@ -38,7 +38,7 @@ def __dir__():
 
 
 # The command line registers inside its commands, so that `convllava --help` answers before torch has loaded.
-if Path(sys.argv[0] if sys.argv else "").stem != "convllava":
+if Path(sys.argv[0] if sys.argv else "").name not in ("convllava", "convllava.exe"):
     from .registration import register
 
     register()

@@ -7,6 +7,7 @@ the headers of pickles are read by an unpickler that makes nothing but shapes.
 
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -145,7 +146,7 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         HubError: the Hub refuses, or cannot be reached.
         ConversionError: no configuration or no weights, or files that are damaged.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"{source} is a folder; revision {revision!r} needs a Hub id. Leave it out.")
@@ -326,7 +327,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     Raises:
         ConversionError: the folder has no configuration, or one of another kind of model.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if "mm_vision_tower" in settings:

@@ -261,10 +261,11 @@ def parse_size(size: int | str) -> int:
     Raises:
         ConversionError: any other text, or less than one byte.
     """
-    match = re.fullmatch(r"(\d+) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
-    if not match or int(match[1]) < 1:
-        raise ConversionError(f"size {size!r}; expected a number of bytes, or such as '5GB' or '500MB'.")
-    return int(match[1]) * 1000 ** ["B", "KB", "MB", "GB", "TB"].index((match[2] or "B").upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
+    unit = 1000 ** ["B", "KB", "MB", "GB", "TB"].index(((match and match[2]) or "B").upper())
+    if not match or float(match[1]) * unit < 1:
+        raise ConversionError(f"size {size!r}; expected a number of bytes, or such as '5GB' or '1.5GB'.")
+    return int(float(match[1]) * unit)
 
 
 def hash_file(path: Path, progress: tqdm | None = None) -> str:
@@ -402,7 +403,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     Raises:
         ConversionError: `output` exists, its place does not take files, or the disk is too small or fills up.
     """
-    output = output.expanduser().resolve()
+    output = Path(os.path.expanduser(output)).resolve()
     check_output(output, force)
     replaced = output.exists() and any(output.iterdir())
     mark = resume or secrets.token_hex(4)
@@ -459,7 +460,8 @@ def check_output(output: Path, force: bool):
     """Checks that a result may be put at `output`, before any work is done.
 
     Raises:
-        ConversionError: a file or folder is there; with `force`, only if it is not the folder of a model.
+        ConversionError: a file or folder is there; with `force`, only if it is not the folder of a model, or holds
+            folders, such as the checkpoints of a training run, beside it.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -468,5 +470,11 @@ def check_output(output: Path, force: bool):
     if not (output / "config.json").is_file():
         raise ConversionError(
             f"{output} is not the folder of a model (it has no config.json), so --force does not replace it. Choose "
+            "another --output, or delete it yourself."
+        )
+    folders = sorted(path.name for path in output.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if folders:
+        raise ConversionError(
+            f"{output} holds folders beside a model ({', '.join(folders[:5])}), so --force does not replace it. Choose "
             "another --output, or delete it yourself."
         )

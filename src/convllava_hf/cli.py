@@ -6,6 +6,7 @@ interrupted.
 """
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -390,7 +391,7 @@ def open_image(source: str, corner: int | None):
 
 def is_file(name: str) -> bool:
     try:
-        return Path(name).expanduser().is_file()
+        return Path(os.path.expanduser(name)).is_file()
     except (OSError, RuntimeError, ValueError):  # a question may be longer than any path, or start with ~
         return False
 

@@ -13,6 +13,7 @@ new rows are the mean of the old ones), `llava/model/multimodal_encoder/convnext
 
 import copy
 import json
+import os
 import re
 import shutil
 import time
@@ -186,7 +187,7 @@ def convert_checkpoint(
     if config.get("model_type") == "convllava" or {"text_config", "vision_config"} <= config.keys():
         kind = config.get("model_type")
         raise ConversionError(f"{main.name} is converted already (its model_type is {kind!r}); use it as it is.")
-    if "mm_vision_tower" not in config:
+    if not config.get("mm_vision_tower"):
         if vision_tower is not None:
             raise ConversionError(
                 f"{main.name} has no 'mm_vision_tower' in its config.json, so it is no ConvLLaVA or LLaVA language "
@@ -453,10 +454,11 @@ def _add_tokens(language: LanguageModel) -> Vocabulary:
     if language.embeddings not in source.targets:
         raise ConversionError(f"{source.name} has no input embeddings ({language.embeddings!r}). Get it again.")
     name = source.targets[language.embeddings]
-    rows, num_words = source.tensors[name].shape[0], len(tokenizer)
+    known = tokenizer.get_vocab()
+    rows, num_words = source.tensors[name].shape[0], count_ids(tokenizer)
     if num_words > rows:
         raise ConversionError(
-            f"the tokenizer of {source.name} has {num_words} tokens and its embeddings {name!r} have {rows} rows; "
+            f"the tokenizer of {source.name} has {num_words} ids and its embeddings {name!r} have {rows} rows; "
             "expected a row for each token. The tokenizer is not of this model: get both again."
         )
     named = {str(token) for token in tokenizer.special_tokens_map.values()}
@@ -466,13 +468,18 @@ def _add_tokens(language: LanguageModel) -> Vocabulary:
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (language.image_token, tokenizer.pad_token)}
-    added = {token: number for token, number in ids.items() if number >= num_words}
+    added = {token: number for token, number in ids.items() if token not in known}
     language.tokenizer = language.finish_tokenizer(tokenizer)
     # The LLaVA family's loader cuts the tables to the tokenizer's words. ConvLLaVA's has a row for each row of before.
     kept = num_words if language.head.startswith("language_model.") else rows
-    rows_after = -(-max(kept, len(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    rows_after = -(-max(kept, count_ids(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     tables = (language.embeddings, f"{language.head}.weight", f"{language.head}.bias")
     return Vocabulary(tables, num_words, added, rows, rows_after, kept)
+
+
+def count_ids(tokenizer) -> int:
+    """How many rows the ids of a tokenizer take: one more than its highest id, since some leave ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _read_chat_template(name: str) -> str:
@@ -554,7 +561,7 @@ def _write_convllava(
             text_config=language.config,
             image_token_id=tokenizer.convert_tokens_to_ids(language.image_token),
             projector_type=projector_type,
-            vocab_padding=language.config.vocab_size - len(tokenizer),
+            vocab_padding=language.config.vocab_size - count_ids(tokenizer),
         )
         config.num_image_tokens(image_size, image_size)
         image_processor = ConvLlavaImageProcessor(
@@ -735,7 +742,7 @@ class _Writer:
         if dtype not in DTYPES:
             raise ConversionError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}.")
         self.started = time.monotonic()
-        self.output = Path(output).expanduser().resolve()
+        self.output = Path(os.path.expanduser(output)).resolve()
         self.dtype = DTYPES[dtype]
         self.max_shard_size = parse_size(max_shard_size)
         self.force = force
@@ -758,8 +765,9 @@ class _Writer:
             save: writes everything but the weights into a folder.
             check: reads a folder back; returns what it found right.
         """
-        if any(source.folder == self.output for source in sources):
-            raise ConversionError(f"{self.output} is a source as well. Choose another --output.")
+        for source in sources:
+            if self.output == source.folder or self.output in source.folder.parents:
+                raise ConversionError(f"{self.output} is, or holds, a source as well. Choose another --output.")
         actions = Counter(record["action"] for record in records)
         num_read = sum(len(source.tensors) for source in sources)
         if num_read != sum(actions[key] for key in ACTIONS[:3]):

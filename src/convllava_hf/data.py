@@ -74,9 +74,9 @@ class Source:
     origin: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "json", Path(self.json).expanduser())
+        object.__setattr__(self, "json", Path(os.path.expanduser(self.json)))
         if self.image_root is not None:
-            object.__setattr__(self, "image_root", Path(self.image_root).expanduser())
+            object.__setattr__(self, "image_root", Path(os.path.expanduser(self.image_root)))
         object.__setattr__(self, "name", re.sub(r"[^\w.-]+", "_", self.name or self.json.stem).lstrip("."))
         if self.weight <= 0 or not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight} of {self.name}; expected a number above 0, such as 0.5 or 2.")
@@ -209,7 +209,7 @@ def build_dataset(
     sources = _name_apart(sources)
     check_sources(sources)
     get_schema()  # before workers start, so that they share what it imports
-    output = Path(output).expanduser()
+    output = Path(os.path.expanduser(output))
     work = output.with_name(output.name + UNFINISHED)
     report = DataReport(settings=_describe_build(sources, settings))
     _prepare_folder(output, work, report.settings, force)

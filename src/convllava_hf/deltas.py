@@ -12,6 +12,7 @@ numbers, taken in float32 and rounded, is their float16 sum.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def _combine(
 ) -> DeltaReport:
     """Writes `other + sign * base`, and the small files of `other`."""
     started = time.monotonic()
-    output, max_shard_size = Path(output).expanduser().resolve(), parse_size(max_shard_size)
+    output, max_shard_size = Path(os.path.expanduser(output)).resolve(), parse_size(max_shard_size)
     for source in (base, other):
         if output == source.folder or output in source.folder.parents or source.folder in output.parents:
             raise ConversionError(f"{output} and the {source.role} {source.folder} overlap. Choose another --output.")

@@ -132,7 +132,7 @@ def push_checkpoint(
         HubError: the folder is incomplete or holds other code, or the Hub refuses. Nothing is published then.
         ConversionError: weights that cannot be read, or a full disk while they are written anew.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.expanduser(folder)).resolve()
     if create_pr and revision is not None:
         raise HubError(
             f"--create-pr proposes a change of main, but the revision is {revision!r}. Leave one of them out."
@@ -203,7 +203,7 @@ def pull_checkpoint(
             if not is_offline_mode():
                 check_hashes(repo_id, folder.name, folder, {}, token)
             return folder
-        output = Path(output).expanduser().resolve()
+        output = Path(os.path.expanduser(output)).resolve()
         check_output(output, force)
         commit, there = list_remote(HfApi(token=token), repo_id, revision or "main", must_exist=True)
         size = sum(entry.size for entry in there.values())

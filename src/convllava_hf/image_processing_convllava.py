@@ -40,7 +40,7 @@ class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         image_aspect_ratio (`str`): `"pad"` (square, with the mean colour), `"native"` (keeps the aspect ratio) or
             `"squash"` (stretches to `size`).
         downsampling_factor (`int`): pixels per image token along a side, 64 for five stages.
-        min_image_tokens (`int`): smaller images are enlarged to about this many tokens, within `max_upscale`
+        min_image_tokens (`int`): fewest tokens of an image, as far as `max_upscale` and `max_image_tokens` allow
             (`native` only).
         max_image_tokens (`int`): larger images are shrunk to at most this many tokens (`native` only). Default: the
             tokens of `size`.
@@ -88,16 +88,23 @@ def get_native_size(
     elif area < min_tokens:
         scale = min(math.sqrt(min_tokens / area), max_upscale)
 
-    def cells(side: int) -> int:
-        rounded = max(1, round(side * scale / factor))
-        limit = max(1, math.floor(side * max_upscale / factor))
-        return min(rounded, limit)
-
-    rows, columns = cells(height), cells(width)
+    limits = [max(1, math.floor(side * max_upscale / factor)) for side in (height, width)]
+    rows, columns = (
+        min(max(1, round(side * scale / factor)), limit) for side, limit in zip((height, width), limits, strict=True)
+    )
     if rows * columns > max_tokens:
         rows, columns = (max(1, math.floor(side * scale / factor)) for side in (height, width))
         # A side held up at one cell leaves the other with more than its share.
         rows, columns = min(rows, max_tokens // min(rows, columns)), min(columns, max_tokens // min(rows, columns))
+    while rows * columns < min_tokens:  # rounding, or a limit of one side, left too few
+        larger = [
+            (abs(math.log(height * c / (width * r))), r, c)
+            for r, c in ((rows + 1, columns), (rows, columns + 1))
+            if r <= limits[0] and c <= limits[1] and r * c <= max_tokens
+        ]
+        if not larger:
+            break
+        _, rows, columns = min(larger)
     return rows * factor, columns * factor
 
 
@@ -172,7 +179,9 @@ class ConvLlavaImageProcessingMixin:
         elif not (size.height and size.width):
             raise ValueError(f"size={dict(size)} must give 'height' and 'width', in pixels.")
         elif image_aspect_ratio == "native":
-            max_tokens = max_image_tokens or (size.height // downsampling_factor) * (size.width // downsampling_factor)
+            max_tokens = max_image_tokens
+            if max_tokens is None:
+                max_tokens = (size.height // downsampling_factor) * (size.width // downsampling_factor)
             return get_native_size(height, width, downsampling_factor, min_image_tokens, max_tokens, max_upscale)
         elif image_aspect_ratio == "pad" and size.height != size.width:
             raise ValueError(f"size={dict(size)} is not square; image_aspect_ratio='pad' needs height == width.")

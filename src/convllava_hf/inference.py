@@ -10,6 +10,7 @@ import base64
 import binascii
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -88,9 +89,9 @@ def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
     elif isinstance(source, str) and source.startswith("data:"):
         file = BytesIO(_decode_data_uri(source, name))
     elif isinstance(source, str | Path):
-        file = Path(source).expanduser()
-        if not file.is_file():
-            raise ImageError(f"{name}: {'this is a folder' if file.is_dir() else 'no such file'}")
+        file = Path(os.path.expanduser(source))
+        if not os.path.isfile(file):  # which, unlike Path.is_file, takes names of any length
+            raise ImageError(f"{name}: {'this is a folder' if os.path.isdir(file) else 'no such file'}")
     else:
         raise ImageError(f"{name}: expected a path, a URL, a data URI, bytes or a Pillow image")
     try:
@@ -238,11 +239,13 @@ def load(
         OSError: no such checkpoint.
     """
     # The Hub's own message about a path would be that it is no valid repository name.
-    local = Path(model).expanduser()
-    if local.is_absolute() or str(model).startswith("."):
-        if not local.is_dir():
-            raise FileNotFoundError(f"there is no folder {str(local)!r}.")
+    local = Path(os.path.expanduser(model))
+    if local.is_dir():
         model = local
+    elif local.is_file():
+        raise NotADirectoryError(f"{str(model)!r} is a file; expected the folder of a checkpoint, or a Hub id.")
+    elif local.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {str(local)!r}.")
     if quantize not in (None, "4bit", "8bit"):
         raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
@@ -527,6 +530,8 @@ def answer(
         raise ValueError("the question is empty.")
     if any("\ud800" <= character <= "\udfff" for character in question):  # how Python reads broken bytes
         raise ValueError("the question is not valid UTF-8 text.")
+    if generation_kwargs.get("return_dict_in_generate") or generation_kwargs.get("num_return_sequences", 1) != 1:
+        raise ValueError("one answer is given, as text: for num_return_sequences and dictionaries use generate().")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; expected 0 or more.")
     images = [images] if isinstance(images, ImageSource | bytearray | memoryview) else images

@@ -4,6 +4,7 @@ A mixture is a YAML file with a list `sources`; each entry has the arguments of 
 root folder, and for the reader `license`.
 """
 
+import os
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_mixture(name: str | Path, root: str | Path | None = None) -> list[Sourc
         ValueError: the file has another form.
     """
     file = find_mixture(name)
-    root = Path(root).expanduser() if root is not None else file.parent
+    root = Path(os.path.expanduser(root)) if root is not None else file.parent
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))["sources"]
         entries = [dict(entry) for entry in entries]

@@ -42,6 +42,9 @@ class DINOv3ConvNextLayer(GradientCheckpointingLayer, modeling_dinov3_convnext.D
     """A DINOv3 ConvNeXt block whose activations can be recomputed in the backward pass."""
 
 
+# Of ids that only round the vocabulary up: below every score that a language model gives. The lowest number of the
+# dtype would overflow where scores are averaged or divided, by label smoothing and by temperatures.
+PADDED_ID_SCORE = -1e3
 CHECKPOINTED_BLOCKS = {
     modeling_convnext.ConvNextLayer: ConvNextLayer,
     modeling_convnextv2.ConvNextV2Layer: ConvNextV2Layer,
@@ -193,6 +196,12 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = ConvLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if self.get_input_embeddings().embedding_dim != config.text_config.hidden_size:
+            raise ValueError(
+                f"text_config.model_type={config.text_config.model_type!r} has embeddings of width "
+                f"{self.get_input_embeddings().embedding_dim} and layers of width {config.text_config.hidden_size}; "
+                "expected one width, that of the projected image features."
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -242,10 +251,10 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             if image_sizes is None
             else [tuple(s) for s in torch.as_tensor(image_sizes).tolist()]
         )
-        if len(sizes) != len(pixel_values):
+        if not sizes or len(sizes) != len(pixel_values):
             raise ValueError(
-                f"image_sizes has {len(sizes)} entries for {len(pixel_values)} images in pixel_values; expected one "
-                "(height, width) per image."
+                f"image_sizes has {len(sizes)} entries for {len(pixel_values)} images in pixel_values; expected at "
+                "least one image, and one (height, width) per image."
             )
         for height, width in set(sizes):
             self.config.num_image_tokens(height, width)
@@ -497,7 +506,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         if (softcap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if self.config.vocab_padding:
-            logits[..., -self.config.vocab_padding :] = torch.finfo(logits.dtype).min
+            logits[..., -self.config.vocab_padding :] = PADDED_ID_SCORE
 
         loss = None
         if labels is not None:

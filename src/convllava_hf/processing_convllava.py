@@ -86,12 +86,14 @@ class ConvLlavaProcessor(ProcessorMixin):
             # A batch of text-only chats comes with an empty list of images per row.
             images = images if any(not isinstance(row, (list, tuple)) for row in images) else None
         if text is not None and (images is None or isinstance(images, (list, tuple))):
-            num_images = sum(len(row) if isinstance(row, (list, tuple)) else 1 for row in images or [])
-            num_tokens = sum(row.count(self.image_token) for row in ([text] if isinstance(text, str) else text))
-            if num_images != num_tokens:
+            found = [row.count(self.image_token) for row in ([text] if isinstance(text, str) else text)]
+            given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images or []]
+            if not any(isinstance(row, (list, tuple)) for row in images or []):
+                found, given = sum(found), sum(given)
+            if found != given:
                 raise ValueError(
                     f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
-                    f"images: found {num_tokens} {self.image_token} tokens and {num_images} images."
+                    f"images: found {found} {self.image_token} tokens and {given} images."
                 )
         outputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and (kwargs.get("truncation") or kwargs.get("text_kwargs", {}).get("truncation")):

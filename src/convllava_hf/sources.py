@@ -5,6 +5,7 @@ language model and its tower lie in two repositories), `llava/model/multimodal_e
 and its image processor).
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -166,7 +167,7 @@ def find_source(name: str | Path, revision: str | None, role: str, fix: str) -> 
     Raises:
         ConversionError: there is no such repository, or it cannot be fetched.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"{name} is a folder; revision {revision!r} needs a Hub id. Leave the revision out.")
@@ -218,7 +219,8 @@ def read_tower(source: Source) -> Tower:
     if table is None:
         raise ConversionError(
             f"{source.name} is no ConvNeXt; expected one of transformers, timm or open_clip, with a tensor named "
-            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}. Pass another vision tower."
+            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}. Pass another vision tower; a language model without one "
+            "(no mm_vision_tower in its config.json) is joined with a tower by init."
         )
     source.rename(table)
     settings = read_json(source.folder / ("open_clip_config.json" if table is OPEN_CLIP_CONVNEXT else "config.json"))

@@ -37,7 +37,7 @@ from trl import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .modeling_convllava import set_trainable
+from .modeling_convllava import PADDED_ID_SCORE, set_trainable
 from .plans import PARTS
 from .recipe_files import find_recipe
 from .sampling import ModalityLengthSampler, measure_lengths
@@ -47,8 +47,6 @@ from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in, unde
 logger = logging.get_logger(__name__)
 
 CURVES = "training_curves.png"
-# Below every score that a language model gives, and far enough from the limits of float16 to compute with.
-NEVER = -1e4
 
 
 @dataclass
@@ -313,7 +311,7 @@ class ConvLlavaTrainer(SFTTrainer):
         if padding and head.bias is None and not is_deepspeed_zero3_enabled():
             device = "cpu" if head.weight.is_meta else head.weight.device
             bias = torch.zeros(head.out_features, device=device, dtype=head.weight.dtype)
-            bias[-padding:] = NEVER
+            bias[-padding:] = PADDED_ID_SCORE
             del head._parameters["bias"]  # a buffer of that name, which is neither trained nor saved
             head.register_buffer("bias", bias, persistent=False)
 

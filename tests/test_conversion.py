@@ -532,20 +532,23 @@ def test_init_with_tied_embeddings_and_spare_rows(parts, tmp_path):
 
 def test_init_with_ids_that_the_tokenizer_leaves_out(parts, tmp_path):
     shutil.copytree(parts / "qwen2", tmp_path / "gap")
-    content = json.loads((tmp_path / "gap" / "tokenizer.json").read_text())
+    file = tmp_path / "gap" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    highest = max(vocabulary.values()) + 12
     (end,) = [token for token in content["added_tokens"] if token["content"] == "<|im_end|>"]
-    highest = end["id"] = max(content["model"]["vocab"].values()) + 12
-    content["model"]["vocab"]["<|im_end|>"] = highest
-    (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(content))
-    settings = json.loads((tmp_path / "gap" / "tokenizer_config.json").read_text())
-    settings.pop("added_tokens_decoder", None)
-    (tmp_path / "gap" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = {"<image>": highest - 2, "<pad>": highest - 1, "<|im_end|>": highest}
+    vocabulary.update(tokens)
+    others = [token for token in content["added_tokens"] if token["content"] not in tokens]
+    content["added_tokens"] = others + [{**end, "content": token, "id": number} for token, number in tokens.items()]
+    file.write_text(json.dumps(content))
+    edit_json(tmp_path / "gap" / "tokenizer_config.json", added_tokens_decoder={}, pad_token="<pad>")
 
     report = init_model(parts / "timm", tmp_path / "gap", tmp_path / "model", resolution=128)
     ids = AutoProcessor.from_pretrained(report.output).tokenizer.get_vocab()
     config = ConvLlavaConfig.from_pretrained(report.output)
-    assert ids["<|im_end|>"] == highest and len(ids) < highest
-    assert max(ids.values()) == config.text_config.vocab_size - config.vocab_padding - 1
+    assert ids["<|im_end|>"] == highest and len(ids) <= highest
+    assert config.vocab_padding == config.text_config.vocab_size - highest - 1
     model = AutoModelForImageTextToText.from_pretrained(report.output)
     assert model(input_ids=torch.tensor([[5]])).logits[..., highest] > PADDED_ID_SCORE
 

@@ -19,7 +19,15 @@ from transformers import AutoProcessor
 
 from convllava_hf import data, llava_rows
 from convllava_hf.data import Source, build_dataset, check_dataset
-from convllava_hf.llava_rows import BadRow, check_messages, convert_row, count_tokens, iterate_json, split_content
+from convllava_hf.llava_rows import (
+    BadRow,
+    check_messages,
+    convert_row,
+    count_tokens,
+    find_image,
+    iterate_json,
+    split_content,
+)
 from convllava_hf.mixture_files import list_mixtures, read_mixture
 from convllava_hf.recipe_files import RECIPES
 
@@ -100,6 +108,13 @@ def test_broken_json_is_named(tmp_path, text, error):
         list(iterate_json(tmp_path / "x.json"))
 
 
+def test_the_working_directory_is_a_root_like_any_other(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert find_image("a.png", Path(".")) == root / "a.png"
+    with pytest.raises(BadRow, match="lies outside"):
+        find_image("../a.png", Path("."))
+
+
 def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_bytes('[{"a": "ä"}]'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x.json, row 0: is not UTF-8"):
@@ -167,6 +182,7 @@ def test_one_image_goes_to_the_front(value, moved):
         (talk("<image>", "A", image=3), "malformed row", "image='3'; expected a name or a list"),
         (talk("Q", "\ud83d"), "malformed row", "half a character .* in turn 1"),
         ({"conversations": [{"from": "bot", "value": "Q"}]}, "unknown role", "'bot' in turn 0; expected human, gpt"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "unknown role", "in turn 0; expected human, gpt"),
         (talk("Q"), "turn order", "^user; expected"),
         (talk("Q", "A", "Q"), "turn order", "^user assistant user; expected user and assistant in turn"),
         ({"conversations": [{"from": "gpt", "value": "Q"}]}, "turn order", "^assistant;"),

@@ -1,5 +1,6 @@
 """Every recipe trains, through TRL's own script and through ours, and changes what it says and nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from packaging.version import Version
 from peft import PeftModel
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import save_rows, save_tiny_llava
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convllava_hf.adapters import merge_adapter
 from convllava_hf.recipe_files import RECIPES, find_recipe, list_recipes
@@ -157,6 +158,38 @@ def test_recipes_of_the_family_run_on_converted_checkpoints(name, convert_family
     one_layer = FAMILIES[name] in ("llava_v0_delta", "llavar")  # whose second layer is the identity, and stays it
     assert changed["multi_modal_projector"] == ({True, False} if one_layer else {True})
     assert (True in changed["language_model"]) == ("pretrain" not in name)
+
+
+def test_captions_without_a_question(reference, converted, tmp_path):
+    """`--chat_template_path plain`: the start token, the image, the caption; what is saved still chats."""
+    from convllava_hf.data import build_dataset
+    from convllava_hf.training import run_recipe
+
+    rows = [
+        {
+            "id": str(number),
+            "image": next((reference / "convllava" / "images").iterdir()).name,
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe it."},
+                {"from": "gpt", "value": f"{number} birds."},
+            ],
+        }
+        for number in range(4)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    build_dataset([(tmp_path / "rows.json", reference / "convllava" / "images")], tmp_path / "data")
+    settings = ["--model_name_or_path", str(converted), "--dataset_name", str(tmp_path / "data")]
+    trainer = run_recipe(
+        "convllava_stage1", [*settings, "--output_dir", str(tmp_path / "out"), "--chat_template_path", "plain", *TINY]
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokenizer = trainer.processing_class.tokenizer
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        text = tokenizer.decode(ids)
+        assert text.startswith("<s>") and "Describe" not in text and "USER" not in text
+        assert re.fullmatch(r"\d birds\.\n", tokenizer.decode(labels[labels != -100]).lstrip())
+    saved, before = (AutoProcessor.from_pretrained(path).chat_template for path in (tmp_path / "out", converted))
+    assert saved == before
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,5 +1,6 @@
 """The trainer: what it adds to TRL's, what goes wrong and how it says so, training that is interrupted or shared."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import make_rows, save_rows
@@ -32,6 +36,7 @@ from convllava_hf.training import (
     has_fast_bf16,
     run_recipe,
 )
+from convllava_hf.vision_cache import VisionCache, hash_image
 
 
 PLAN = {"trainable": ["multi_modal_projector", r"vision_tower.*stages\.4\.", "language_model", "lm_head"]}
@@ -162,6 +167,23 @@ def test_image_size_is_overridable(make_trainer):
     assert AutoProcessor.from_pretrained(trainer.args.output_dir).image_processor.size["height"] == 192
 
 
+def test_cached_features_are_those_of_upright_images(make_trainer, tmp_path):
+    """A photo that its EXIF data turns, as `datasets` decodes it for training without a cache."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").convert("RGB").resize((60, 30)).save(file, "JPEG", exif=exif)
+    turned = {"bytes": file.getvalue(), "path": None}
+    trainer = make_trainer(trainable=["multi_modal_projector"])
+    cache = VisionCache(tmp_path, trainer.model, trainer.processing_class.image_processor, torch.float32)
+    rows = Dataset.from_dict({"images": [[turned]]}).cast_column("images", List(ImageFeature(decode=False)))
+    cache.fill(rows)
+    features, _ = cache.load(hash_image(turned))
+    upright = trainer.processing_class.image_processor(ImageFeature().decode_example(turned), return_tensors="pt")
+    assert ImageFeature().decode_example(turned).size == (30, 60)
+    expected, _ = trainer.model.base_model._encode(upright["pixel_values"])
+    torch.testing.assert_close(features, expected[0].detach())
+
+
 def test_cached_features_train_as_images_do(make_trainer, tmp_path, monkeypatch):
     """Stage 3 with features from the disk: the same losses, and in a second run the tower is not even asked."""
     plan = {"trainable": ["multi_modal_projector", "language_model", "lm_head"], "max_steps": 4}
@@ -251,8 +273,35 @@ def test_missing_image_is_named(make_trainer, tmp_path):
     rows[2]["images"] = [{"bytes": None, "path": str(tmp_path / "gone.png")}]
     dataset = make_rows(4)
     dataset = dataset.from_list(rows, features=dataset.features)
-    with pytest.raises(FileNotFoundError, match="gone.png"):
+    with pytest.raises(ValueError, match="cannot read an image of the row that begins .*gone.png"):
         make_trainer(dataset).train()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_broken_image_is_named(make_trainer, tmp_path, cached):
+    rows = make_rows(4).to_list()
+    rows[2]["images"] = [{"bytes": rows[2]["images"][0]["bytes"][:60], "path": None}]
+    dataset = make_rows(4)
+    dataset = dataset.from_list(rows, features=dataset.features)
+    settings = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "cache")} if cached else {}
+    with pytest.raises(ValueError, match=r"cannot read image 0 of row 2" if cached else "of the row that begins"):
+        make_trainer(dataset, **settings).train()
+
+
+def test_gradient_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    parameter = trainer.model.get_parameter("model.multi_modal_projector.linear_1.weight")
+    steps = []
+
+    def spoil(gradient):
+        steps.append(None)
+        return gradient * float("nan") if len(steps) == 2 else gradient
+
+    parameter.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 2; .*checkpoint: .*checkpoint-1\."):
+        trainer.train()
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert not (Path(trainer.args.output_dir) / "checkpoint-2").exists()
 
 
 def test_loss_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):

@@ -482,21 +482,42 @@ def count_ids(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def list_chat_templates() -> dict[str, Path]:
+    """Name -> file of the chat templates of this package."""
+    return {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+
+
+def build_chat_template(tokenizer, name: str, image_tag: str | None = None) -> str:
+    """One of this package's chat templates, fitted to a tokenizer.
+
+    Args:
+        tokenizer: its start token goes in front where it adds one to texts.
+        name: of the template.
+        image_tag: text that stands for an image, in the formats that wrap the placeholder.
+
+    Raises:
+        ConversionError: there is no such template.
+    """
+    template = _read_chat_template(name)
+    if image_tag:
+        template = f"{{%- set image_tag = '{image_tag}' -%}}\n{template}"
+    return _add_start_token(tokenizer, template)
+
+
 def _read_chat_template(name: str) -> str:
-    templates = {path.stem: path for path in CHAT_TEMPLATES.glob("*.jinja")}
+    templates = list_chat_templates()
     if name not in templates:
-        raise ConversionError(f"chat_template={name!r}; expected one of {', '.join(sorted(templates))}.")
+        raise ConversionError(f"chat_template={name!r}; expected one of {', '.join(templates)}.")
     return templates[name].read_text(encoding="utf-8")
 
 
-def _add_start_token(tokenizer) -> str:
-    """The tokenizer's chat template, with the token that begins a text in it where the tokenizer adds one.
+def _add_start_token(tokenizer, template: str) -> str:
+    """A chat template, with the token that begins a text in it where the tokenizer adds one.
 
     Chat servers and TRL tokenise a rendered chat without adding special tokens, so without this their texts would lack
     the first token of every text that the model was trained on. transformers sees it there and adds no second one.
     """
-    template, start = tokenizer.chat_template, tokenizer.bos_token
-    if not start or tokenizer("A")["input_ids"][:1] != [tokenizer.bos_token_id]:
+    if not tokenizer.bos_token or tokenizer("A")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return template
     answer = {"role": "assistant", "content": "A."}
     picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
@@ -507,7 +528,7 @@ def _add_start_token(tokenizer) -> str:
         candidate = f"{{{{- bos_token ~ '{gap}' -}}}}\n{template}"
         same = []
         for chat in chats:
-            plain = tokenizer.apply_chat_template(chat, tokenize=False)
+            plain = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
             started = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=candidate)
             ids = tokenizer(started, add_special_tokens=False)["input_ids"]
             same.append(ids == tokenizer(plain)["input_ids"])
@@ -616,10 +637,7 @@ def _write_model(
     vocabulary = _add_tokens(language)
     tokenizer = language.tokenizer
     # The tokenizer and the processor keep their template in one file.
-    tokenizer.chat_template = _read_chat_template(language.chat_template)
-    if language.image_tag:
-        tokenizer.chat_template = f"{{%- set image_tag = '{language.image_tag}' -%}}\n{tokenizer.chat_template}"
-    tokenizer.chat_template = _add_start_token(tokenizer)
+    tokenizer.chat_template = build_chat_template(tokenizer, language.chat_template, language.image_tag)
     language.config.vocab_size = vocabulary.rows_after
     language.config.pad_token_id = tokenizer.pad_token_id
     try:

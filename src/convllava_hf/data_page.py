@@ -113,7 +113,10 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
 
 
 def open_image(image: dict) -> Image.Image:
-    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).convert("RGB")
+    """An image as training sees it."""
+    from datasets import Image as ImageFeature
+
+    return ImageFeature().decode_example(image).convert("RGB")
 
 
 def render_image(image: Image.Image, number: int) -> str:

@@ -144,7 +144,7 @@ def convert_row(row: dict, image_placement: str = "front") -> tuple[list[dict], 
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadRow("malformed row", f"turn {number} is {str(turn)[:80]!r}; expected `from` and a text `value`")
-        role = ROLES.get(turn.get("from"))
+        role = ROLES.get(turn.get("from")) if isinstance(turn.get("from"), str) else None
         if role is None:
             raise BadRow("unknown role", f"{turn.get('from')!r} in turn {number}; expected human, gpt or system")
         try:
@@ -224,8 +224,8 @@ def find_image(name: str, root: Path | None) -> Path:
     """
     if root is None:
         raise BadRow("missing image", f"{name}: this source has no image root")
-    path = os.path.normpath(os.path.join(root, name))
-    if not path.startswith(os.path.join(os.path.normpath(root), "")):
+    path = os.path.abspath(os.path.join(root, name))
+    if not path.startswith(os.path.join(os.path.abspath(root), "")):
         raise BadRow("missing image", f"{name} lies outside of {root}; give a root that holds it")
     if not os.path.isfile(path):
         raise BadRow("missing image", f"{path} does not exist")

@@ -88,7 +88,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         if text is not None and (images is None or isinstance(images, (list, tuple))):
             found = [row.count(self.image_token) for row in ([text] if isinstance(text, str) else text)]
             given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images or []]
-            if not any(isinstance(row, (list, tuple)) for row in images or []):
+            if len(found) == 1 or not any(isinstance(row, (list, tuple)) for row in images or []):
                 found, given = sum(found), sum(given)
             if found != given:
                 raise ValueError(

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 from huggingface_hub import ModelCard
-from transformers import ProgressCallback, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor, ProgressCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -37,6 +38,7 @@ from trl import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from .conversion import build_chat_template, list_chat_templates
 from .modeling_convllava import PADDED_ID_SCORE, set_trainable
 from .plans import PARTS
 from .recipe_files import find_recipe
@@ -47,6 +49,8 @@ from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in, unde
 logger = logging.get_logger(__name__)
 
 CURVES = "training_curves.png"
+# The chat template for captions alone: nothing to chat with, so what is trained with it keeps its own.
+CAPTIONS_ALONE = "plain"
 
 
 @dataclass
@@ -119,8 +123,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict]) -> dict:
         """Prepares a batch: `input_ids`, `attention_mask`, `labels` `(B, S)`, `pixel_values` `(I, 3, H, W)`, ..."""
-        if self.is_cached:
-            examples = [{**row, "images": [make_stand_in(image) for image in row["images"]]} for row in examples]
+        examples = [self._prepare_images(example) for example in examples]
         try:
             batch = super().torch_call(examples)
         except (ValueError, OSError) as error:
@@ -135,6 +138,19 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
             if not (labels != -100).any():
                 logger.warning(f"no token to train on in {describe_row(example)}; it only takes time.")
         return batch
+
+    def _prepare_images(self, example: dict) -> dict:
+        """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
+        if "images" not in example:
+            return example
+        images = []
+        for image in example["images"] or []:
+            try:
+                decode = make_stand_in if self.is_cached else Image().decode_example
+                images.append(decode(image) if isinstance(image, dict) else image)
+            except OSError as error:
+                raise ValueError(f"cannot read an image of {describe_row(example)}: {error}") from error
+        return {**example, "images": images}
 
     def _cut(self, batch: dict, examples: list[dict]) -> None:
         """Cuts the batch to `max_tokens` columns; padding is on the right."""
@@ -172,12 +188,25 @@ class LossBarCallback(ProgressCallback):
             super().on_log(args, state, control, logs, **kwargs)
 
 
+class FiniteGradientsCallback(TrainerCallback):
+    """Keeps a gradient that is no number out of the weights, and so out of the checkpoints."""
+
+    def __init__(self, trainer: "ConvLlavaTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.stop_at_infinite_gradients()
+
+
 class CurvesCallback(TrainerCallback):
     """Draws loss and learning rate beside the checkpoints, at each save and at the end."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / CURVES)
+            try:
+                draw_curves(state.log_history, Path(args.output_dir) / CURVES)
+            except OSError as error:  # a full disk, which is no reason to stop
+                logger.warning(f"cannot draw {CURVES}: {error}")
 
     on_train_end = on_save
 
@@ -243,9 +272,13 @@ class ConvLlavaTrainer(SFTTrainer):
         if args.image_size is not None:
             set_image_size(self.processing_class.image_processor, args.image_size)
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
+            # The collator decodes images: an image that cannot be read is named with its row.
+            if self.train_dataset is not None and "images" in (self.train_dataset.column_names or []):
+                self.train_dataset = undecode_images(self.train_dataset)
             self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
         self._silence_padded_ids()
         self.add_callback(CurvesCallback())
+        self.add_callback(FiniteGradientsCallback(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback())
 
@@ -253,7 +286,8 @@ class ConvLlavaTrainer(SFTTrainer):
         """Computes the tower's features of all training images, as this run would."""
         if not isinstance(self.train_dataset, Dataset) or self.eval_dataset is not None:
             raise ValueError("vision_cache needs data that is no stream, and eval_strategy='no'.")
-        self.train_dataset = undecode_images(self.train_dataset)
+        if "images" not in self.train_dataset.column_names:
+            raise ValueError(f"vision_cache needs a column 'images'; got {', '.join(self.train_dataset.column_names)}.")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -372,12 +406,25 @@ class ConvLlavaTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights were not changed by it. "
-                f"{self._name_last_checkpoint()} Usual causes: a learning rate that is too high, float16 instead of "
-                "bfloat16, a broken image."
-            )
+            raise self._explain_infinite(f"the loss is {loss.item()}")
         return loss
+
+    def stop_at_infinite_gradients(self) -> None:
+        """Raises before the optimizer would write a gradient that is no number into the weights."""
+        if self.accelerator.scaler is not None:  # float16 skips such steps and lowers its scale by itself
+            return
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # every rank stops, or none
+        if not norm.isfinite():
+            raise self._explain_infinite("a gradient is not finite")
+
+    def _explain_infinite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; the weights were not changed by it. "
+            f"{self._name_last_checkpoint()} Usual causes: a learning rate that is too high, float16 instead of "
+            "bfloat16, a broken image."
+        )
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -455,6 +502,8 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
     Args:
         recipe: name of a recipe, or path of a config file of `trl sft`.
         arguments: command-line arguments that replace settings of the recipe: `["--learning_rate", "1e-5"]`.
+            `--chat_template_path` also takes the name of a chat template of this package. `plain` shows captions
+            without a question, as LLaVA v1.5 and TinyLLaVA pretrain; the saved processor keeps its own template.
 
     Returns:
         The trainer after training; model and processor are saved in its `output_dir`.
@@ -479,8 +528,17 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    processor, template, own_template = None, args.chat_template_path, None
+    if template in list_chat_templates():
+        processor = AutoProcessor.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
+        own_template = processor.chat_template
+        processor.chat_template = build_chat_template(processor.tokenizer, template)
+        args.chat_template_path = None
     trainer = ConvLlavaTrainer(
         model=model.model_name_or_path,
+        processing_class=processor,
         args=args,
         recipe=file.stem,
         data=script.dataset_name or ", ".join(part.path for part in mixture.datasets),
@@ -489,8 +547,13 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    if template == CAPTIONS_ALONE:
+        trainer.data_collator.processor = copy.copy(trainer.data_collator.processor)
+        trainer.processing_class.chat_template = own_template
     resume = args.resume_from_checkpoint
-    if str(resume).lower() in ("true", "last"):
+    if str(resume).lower() in ("false", "none"):
+        resume = None
+    elif str(resume).lower() in ("true", "last"):
         resume = find_last_checkpoint(args.output_dir)
         logger.warning(f"resuming from {resume}." if resume else f"nothing to resume in {args.output_dir}: starting.")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

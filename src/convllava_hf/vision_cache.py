@@ -91,7 +91,7 @@ class VisionCache:
             if self.get_path(key).exists():
                 stored.add(key)
                 continue
-            with open_image(image) as opened:
+            with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 width, height = opened.size
             missing[key], places[key] = (height, width), (row, index)
         needed = self.estimate_bytes(missing)
@@ -103,8 +103,11 @@ class VisionCache:
             raise OSError(f"{text} Only {free / 1e9:.3f} GB are free there: name another folder, or use no cache.")
         for key in tqdm(sorted(missing)[rank::world_size], desc="Caching features", disable=not show_progress):
             row, index = places[key]
-            with open_image(dataset[row]["images"][index]) as opened:
-                self.store(key, opened.convert("RGB"))
+            try:
+                image = Image().decode_example(dataset[row]["images"][index]).convert("RGB")
+            except OSError as error:
+                raise ValueError(f"cannot read image {index} of row {row}: {error}") from error
+            self.store(key, image)
         return text
 
     @torch.no_grad()
@@ -163,14 +166,10 @@ def make_stand_in(image: dict) -> PILImage.Image:
 def iterate_images(dataset: Dataset) -> Iterator[tuple[int, int, dict]]:
     """Row, place in the row, and undecoded image, for every image."""
     for row, images in enumerate(dataset.select_columns("images")):
-        for index, image in enumerate(images["images"]):
+        for index, image in enumerate(images["images"] or []):
             yield row, index, image
 
 
 def hash_image(image: dict) -> str:
     """SHA-256 of an image file's bytes."""
     return hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest()
-
-
-def open_image(image: dict) -> PILImage.Image:
-    return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"]))

@@ -130,7 +130,7 @@ def test_info_names_what_is_wrong(copy, tmp_path):
 
 
 def test_sound_checkpoints_pass(tiny, converted, llava):
-    for folder, number in ((tiny, 8), (converted, 9), (llava, 8)):
+    for folder, number in ((tiny, 9), (converted, 10), (llava, 9)):
         checks = check_checkpoint(folder)
         assert len(checks) == number and not [check for check in checks if check.problem], checks
 
@@ -222,7 +222,7 @@ def test_commands(hub, copy, monkeypatch):
     assert code == 0, output
     (copy / "helper.py").touch()
     code, output = run("doctor", copy)
-    assert code == 2 and "wrong  code files" in output and "error: 1 of 8 checks" in output
+    assert code == 2 and "wrong  code files" in output and "error: 1 of 9 checks" in output
     monkeypatch.delenv("HF_TOKEN")
     code, output = run("info", "someone/tiny")
     assert code == 2 and output.splitlines()[-1].startswith("error: looking at someone/tiny failed: HTTP 401")
@@ -234,4 +234,4 @@ def test_doctor_in_a_process_of_its_own(tmp_path):
     command = [str(Path(sys.executable).parent / "convllava"), "doctor", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("ok ") == len(done.stdout.splitlines()) == 8
+    assert done.stdout.count("ok ") == len(done.stdout.splitlines()) == 9

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_data import save_tiny_llava
 from typer.testing import CliRunner
 
 from convllava_hf.cli import app
@@ -57,3 +58,12 @@ def test_train_says_in_one_line_what_is_wrong(tmp_path):
     done = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: no model to train: pass")
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
+
+
+def test_plan_of_other_models_prints_what_they_take(tmp_path, checkpoint):
+    llava = save_tiny_llava(tmp_path / "llava")
+    for stage in (1, 3):
+        code, text = run("plan", llava, "--stage", stage)
+        assert code == 0 and "optim_target_modules: ['multi_modal_projector" in text and "init_kwargs" not in text
+    code, text = run("plan", checkpoint, "--stage", 3, "--vision-from", "stage4")
+    assert code == 2 and "--vision-from stage4 is for stage 2" in text

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub import constants
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
+from convllava_hf.checkpoint_checks import check_checkpoint
 from convllava_hf.checkpoint_io import CheckpointReader
 from convllava_hf.hub import HubError, describe_error, pull_checkpoint, push_checkpoint
 from convllava_hf.registration import HUB_FILES
@@ -258,6 +260,78 @@ def test_cards_that_the_hub_refuses_are_named(hub, checkpoint, tmp_path, metadat
         push_checkpoint(folder, REPO)
     assert "\n" not in str(raised.value)
     assert hub.uploaded() == 0
+
+
+def change_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_the_code_of_a_pushed_checkpoint_is_the_packages_own_and_no_other(hub, checkpoint, tmp_path):
+    """Also where the repository held other code, and whatever the configurations name."""
+    api, copy = huggingface_hub.HfApi(), tmp_path / "tiny"
+    api.create_repo(REPO)
+    for name in ("helper.py", "model-variants/x.safetensors"):
+        api.upload_file(path_or_fileobj=b"import os", path_in_repo=name, repo_id=REPO)
+    push_checkpoint(checkpoint, REPO)
+    there = {path for path in api.list_repo_files(REPO) if path.endswith(".py")}
+    assert there == set(HUB_FILES)
+    assert "model-variants/x.safetensors" in api.list_repo_files(REPO)
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    own = config.pop("auto_map")
+    for name, auto_map, problem in (
+        ("config.json", None, "no auto_map for AutoConfig and AutoModelForImageTextToText"),
+        ("config.json", {**own, "AutoConfig": "someone/else--configuration_convllava.ConvLlavaConfig"}, "someone/else"),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tok.Tok", None]}, "'tok.Tok' as its AutoTokenizer"),
+    ):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(checkpoint, copy)
+        change_json(copy / name, auto_map=auto_map)
+        with pytest.raises(HubError, match=problem):
+            push_checkpoint(copy, REPO)
+        assert any(problem in (check.problem or "") for check in check_checkpoint(copy))
+
+
+def test_only_the_weights_that_are_loaded_are_pushed(hub, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "tiny")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "tiny", max_shard_size="100KB")
+    assert any("two sets of weights" in (check.problem or "") for check in check_checkpoint(tmp_path / "tiny"))
+    report = push_checkpoint(tmp_path / "tiny", REPO, dry_run=True)
+    assert [name for name in report.changes if "safetensors" in name] == ["model.safetensors"]
+
+
+def test_tokens_are_found_wherever_they_are(hub, checkpoint, tmp_path):
+    secret = "hf_oauth_eyJhbGciOi.abc-def_0123456789"
+    for name, text in (("notes.txt", f"token: {secret}"), ("notes.md", f"used: {os.environ['HF_TOKEN']}")):
+        shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
+        shutil.copytree(checkpoint, tmp_path / "tiny")
+        (tmp_path / "tiny" / name).write_text(text)
+        with pytest.raises(HubError, match="access token"):
+            push_checkpoint(tmp_path / "tiny", REPO)
+    with pytest.raises(HubError, match="message holds an access token"):
+        push_checkpoint(checkpoint, REPO, message=secret)
+    assert not hub.uploaded()
+
+
+def test_a_name_without_an_owner_is_ones_own(hub, checkpoint):
+    report = push_checkpoint(checkpoint, REPO.split("/")[1])
+    assert report.repo_id == REPO and "config.json" in huggingface_hub.HfApi().list_repo_files(REPO)
+
+
+def test_a_proposal_of_nothing_says_so(hub, checkpoint):
+    push_checkpoint(checkpoint, REPO)
+    report = push_checkpoint(checkpoint, REPO, create_pr=True)
+    assert report.url is None and report.summary().endswith(f"nothing to change in {REPO} at main")
+
+
+def test_the_report_of_a_conversion_names_the_shards_that_are_pushed(hub, converted, tmp_path):
+    push_checkpoint(converted, REPO, shard_size="100KB")
+    pulled = pull_checkpoint(REPO, tmp_path / "out")
+    assert len(list(pulled.glob("*.safetensors"))) > 1
+    checks = check_checkpoint(pulled)
+    assert "weight files have the hashes of conversion_report.json" in [check.name for check in checks]
+    assert not any(check.problem for check in checks)
 
 
 # ---- faults

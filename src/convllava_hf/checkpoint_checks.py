@@ -39,7 +39,7 @@ from .model_cards import CONFIG_CLASSES, list_image_tokens
 from .modeling_convllava import ConvLlavaForConditionalGeneration
 from .plans import PARTS
 from .processing_convllava import ConvLlavaProcessor
-from .registration import list_code_files
+from .registration import find_foreign_code, list_code_files
 from .weight_maps import ConversionError
 
 
@@ -350,8 +350,13 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     config = reader = processor = None
     with check("configuration is read"):
         config = config_class.from_pretrained(folder)
-    with check("weight files are whole"):
+    with check("weight files are whole") as found:
         reader = CheckpointReader(folder)
+        if (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
+            found.problem = (
+                "there are two sets of weights, model.safetensors, which is loaded, and the shards of "
+                "model.safetensors.index.json; delete those that are not meant"
+            )
     if reader is not None and config is not None:
         with check("tensors have the names and shapes of the configuration") as found:
             found.problem = _compare_shapes(reader, model_class, config)
@@ -360,7 +365,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
             found.problem = _find_infinite(reader)
     if processor_class is not None:
         with check("processor is read"):
-            processor = processor_class.from_pretrained(folder)
+            processor = processor_class.from_pretrained(folder, trust_remote_code=False)
     if processor is not None and config is not None:
         with check("tokenizer has the image token") as found:
             found.problem = _check_tokenizer(processor, config)
@@ -370,9 +375,14 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         with check("code files are those of the installed version") as found:
             wrong = [f"{name} is {state}" for name, state in list_code_files(folder).items() if state != "same"]
             found.problem = "; ".join(wrong) or None
-    if (folder / "conversion_report.json").is_file():
+    with check("configurations name no other code") as found:
+        found.problem = find_foreign_code(folder)
+    # Saved anew in other shards, the hashes are of files that are gone.
+    report = read_json(folder / "conversion_report.json") if (folder / "conversion_report.json").is_file() else {}
+    files = report.get("files", [])
+    if files and all((folder / file["name"]).is_file() for file in files):
         with check("weight files have the hashes of conversion_report.json") as found:
-            found.problem = _compare_hashes(folder)
+            found.problem = _compare_hashes(folder, files)
     return checks
 
 
@@ -426,10 +436,6 @@ def _check_template(processor, config: PreTrainedConfig) -> str | None:
     return None if found == expected else f"an image gives {found} image tokens; expected {expected}"
 
 
-def _compare_hashes(folder: Path) -> str | None:
-    files = read_json(folder / "conversion_report.json").get("files", [])
-    # Saved anew in other shards, the hashes are of files that are gone.
-    if not all((folder / file["name"]).is_file() for file in files):
-        return None
+def _compare_hashes(folder: Path, files: list[dict]) -> str | None:
     wrong = [file["name"] for file in files if hash_file(folder / file["name"]) != file["sha256"]]
     return f"{wrong[0]} was changed or damaged since the conversion" if wrong else None

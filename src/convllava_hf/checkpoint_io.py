@@ -25,13 +25,13 @@ from tqdm import tqdm
 from .weight_maps import ConversionError
 
 
-# In order of preference: files that hold no code come first.
+# In order of preference, which is that of transformers: files that hold no code come first.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
+    "model.safetensors.index.json",
     "open_clip_model.safetensors",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
 SAFETENSORS_DTYPES = {
@@ -410,7 +410,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     staging = output.parent / f".{output.name}.incomplete-{mark}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        there = sum(path.stat().st_size for path in staging.glob("*")) if staging.exists() else 0
+        there = sum(path.stat().st_size for path in staging.rglob("*")) if staging.exists() else 0
         free = shutil.disk_usage(output.parent).free + there
         if free < num_bytes + SPARE_BYTES:
             raise ConversionError(

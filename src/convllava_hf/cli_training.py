@@ -69,8 +69,11 @@ def plan(
     *,
     stage: Annotated[int, typer.Option(metavar="1|2|3", help="Which of the three stages.", show_default=False)],
     vision_from: Annotated[
-        str, typer.Option(metavar="stageN[.B]", help="Stage 2: where the trained part of the tower begins.")
-    ] = "stage3",
+        str | None,
+        typer.Option(
+            metavar="stageN[.B]", help="Stage 2: where the trained part of the tower begins. [default: stage3]"
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Of weights, gradients and AdamW's moments.")] = "float32",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
 ):
@@ -93,7 +96,9 @@ def plan(
         if not isinstance(size, torch.dtype) or not size.is_floating_point:
             raise ValueError(f"dtype={dtype!r}; expected float32, bfloat16 or float16.")
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        patterns = get_trainable(config, stage, vision_from)
+        if vision_from is not None and stage != 2:
+            raise ValueError(f"--vision-from {vision_from} is for stage 2, which trains a part of the tower.")
+        patterns = get_trainable(config, stage, vision_from or "stage3")
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         set_trainable(model, patterns)
@@ -105,9 +110,12 @@ def plan(
             print(f"{part:{width}}  {trainable:>15,}  {frozen:>15,}  {num_bytes / 1e9:>8.3f}")
         print(
             f"\nGB: weights, and gradients and both moments of AdamW where trained, all in {dtype}; activations come "
-            "on top. Sharding (FSDP2, ZeRO-3) divides it by the number of GPUs.\n\nIn a recipe:\nmodel_init_kwargs:\n"
-            f"  trainable: [{', '.join(map(repr, patterns))}]".replace("\\\\", "\\")
+            "on top. Sharding (FSDP2, ZeRO-3) divides it by the number of GPUs.\n\nIn a recipe:"
         )
+        listed = f"[{', '.join(map(repr, patterns))}]".replace("\\\\", "\\")
+        # Other classes do not take `trainable`; `convllava train` freezes them by the trainer's own argument.
+        is_ours = config.model_type == "convllava"
+        print(f"model_init_kwargs:\n  trainable: {listed}" if is_ours else f"optim_target_modules: {listed}")
 
 
 def merge(

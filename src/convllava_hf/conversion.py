@@ -70,6 +70,8 @@ from .weight_maps import LLAVA_PUBLISHED, VISION_TOWER, ConversionError
 
 
 PAD_TOKEN = "<pad>"
+# Where a merged checkpoint says what it was made of; see `deltas`.
+DELTA_REPORT = "delta_report.json"
 # Matrix products of such sizes are fast, and the table can be divided between devices.
 VOCABULARY_MULTIPLE = 64
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -800,6 +802,10 @@ class _Writer:
             save(folder)
             with tqdm(total=to_check, unit="B", unit_scale=True, desc="checking", disable=None) as progress:
                 hashed = [self._hash(source, progress) for source in sources]
+                for source in sources:
+                    if (source.folder / DELTA_REPORT).is_file():
+                        merged = read_json(source.folder / DELTA_REPORT)["sources"]
+                        hashed += [{**part, "role": f"{part['role']} of {source.name}"} for part in merged]
                 for file in files:
                     if hash_file(folder / file.name, progress) != file.sha256:
                         raise ConversionError(

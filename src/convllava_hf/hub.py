@@ -7,6 +7,7 @@ What is pulled is compared with the hashes that the Hub lists.
 """
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -27,6 +29,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import safe_open
 
 from .checkpoint_io import (
     NO_SPACE,
@@ -39,7 +42,7 @@ from .checkpoint_io import (
     write_checkpoint,
 )
 from .model_cards import build_folder_card, fill_repo_id, has_trainer_card
-from .registration import list_code_files
+from .registration import find_foreign_code, list_code_files
 from .weight_maps import ConversionError
 
 
@@ -50,13 +53,14 @@ PUBLISHED = (
 )
 NOT_PUBLISHED = ("trainer_state.json", ".*")
 # Weights and code of an earlier push, which would be mixed with the new ones.
-REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "*_convllava.py")
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # an access token of the Hub
+REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "*.py")
+SECRET = re.compile(r"\bhf_(?:[A-Za-z0-9]{30,}|oauth_[\w.-]{20,})")  # an access token of the Hub
 FIXES = {
     400: "The Hub refused what was sent. Run the same command again; if it stays, check the file on this disk.",
     401: "You are not logged in, or the token is not valid, or the repository is private. Run `hf auth login`, or set "
     "HF_TOKEN to a token with the right to do this.",
-    403: "The token has no right to do this. Use one that has, or propose the change with --create-pr.",
+    403: "The token has no right to do this. Use one that has; ask for access on the page of a gated model; a change "
+    "can be proposed with --create-pr.",
     404: "There is no such repository or revision, or you may not see it. Check the name.",
     409: "Somebody else is changing the repository. Run the same command again.",
     412: "Somebody else changed the repository meanwhile. Run the same command again.",
@@ -75,7 +79,7 @@ class PushReport:
 
     Attributes:
         repo_id, revision: where to.
-        url: of the commit or of the pull request; `None` for a dry run.
+        url: of the commit or of the pull request; `None` for a dry run, and where nothing changes.
         changes: file -> (`"new"`, `"changed"`, `"unchanged"` or `"deleted"`, bytes).
         left_out: files of the folder that are not published.
     """
@@ -93,7 +97,11 @@ class PushReport:
             lines.append(f"  left out: {', '.join(self.left_out)}")
         sizes = [size for change, size in self.changes.values() if change in ("new", "changed")]
         total = f"{len(sizes)} file(s), {sum(sizes) / 1e9:.3f} GB, to {self.repo_id} at {self.revision}"
-        return "\n".join([*lines, f"pushed {total}: {self.url}" if self.url else f"would push {total}"])
+        if all(change == "unchanged" for change, _ in self.changes.values()):
+            done = f"nothing to change in {self.repo_id} at {self.revision}"
+        else:
+            done = f"pushed {total}: {self.url}" if self.url else f"would push {total}"
+        return "\n".join([*lines, done])
 
 
 def push_checkpoint(
@@ -115,7 +123,7 @@ def push_checkpoint(
 
     Args:
         folder: with safetensors, as `convert`, `train` or `save_pretrained` writes it.
-        repo_id: `"owner/name"`; the repository is created if it is not there.
+        repo_id: `"owner/name"`, or a name of one's own; the repository is created if it is not there.
         private: visibility of a new repository. Default: the owner's.
         revision: branch, created if it is not there. Default: `"main"`.
         create_pr: open a pull request instead.
@@ -139,25 +147,32 @@ def push_checkpoint(
         )
     size = None if shard_size is None else parse_size(shard_size)
     api = HfApi(token=token)
+    if message and find_secret(message, token):
+        raise HubError("the message holds an access token; nothing was sent. Revoke it if it is used.")
     with explain_errors(f"pushing to {repo_id}", token), shard_weights(folder, size) as weights:
-        files, left_out = collect_files(folder, repo_id)
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        files, left_out = collect_files(folder, repo_id, token)
         if weights is not None:
             files = {name: file for name, file in files.items() if not fnmatch(name, "*.safetensors*")}
             files |= {path.name: path for path in sorted(weights.iterdir())}
+            if "conversion_report.json" in files:
+                files["conversion_report.json"] = describe_files(files["conversion_report.json"], weights)
         branch = revision or "main"
         report = PushReport(repo_id, branch, left_out=left_out)
         if not dry_run:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if branch != "main":
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
         parent, there = list_remote(api, repo_id, branch)
         for name, file in files.items():
             change = "new" if name not in there else "changed" if differs(file, there[name]) else "unchanged"
             report.changes[name] = (change, len(file) if isinstance(file, bytes) else file.stat().st_size)
-        deleted = [name for name in there if name not in files and any(fnmatch(name, rule) for rule in REPLACED)]
+        stale = [name for name in there if name not in files and "/" not in name]
+        deleted = [name for name in stale if any(fnmatch(name, rule) for rule in REPLACED)]
         report.changes |= {name: ("deleted", there[name].size) for name in deleted}
-        if dry_run:
+        if dry_run or (parent and all(change == "unchanged" for change, _ in report.changes.values())):
             return report
+        if parent is None and branch != "main":
+            api.create_branch(repo_id, branch=branch)
         operations = [CommitOperationDelete(name) for name in deleted]
         operations += [CommitOperationAdd(name, file) for name, file in files.items()]
         commit = api.create_commit(
@@ -230,12 +245,29 @@ def check_hashes(repo_id: str, commit: str, folder: Path, place: dict, token: st
         )
 
 
-def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], list[str]]:
+def describe_files(report: Path, weights: Path) -> bytes:
+    """A conversion report with other weight files in it."""
+    content = json.loads(report.read_text(encoding="utf-8"))
+    content["files"] = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(weights.glob("*.safetensors"))
+    ]
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def find_secret(text: str, token: str | None) -> bool:
+    """Whether a text holds what looks like an access token, or the one that is used."""
+    used = [known.strip() for known in (token, get_token()) if known and len(known.strip()) > 8]
+    return bool(SECRET.search(text)) or any(known in text for known in used)
+
+
+def collect_files(folder: Path, repo_id: str, token: str | None = None) -> tuple[dict[str, Path | bytes], list[str]]:
     """Chooses what to publish of a folder.
 
     Args:
         folder: of the checkpoint.
         repo_id: for the card.
+        token: that must not be in any file, beside all that look like one.
 
     Returns:
         File name -> path, or content where it is not the folder's; and the names of what is left out.
@@ -256,12 +288,20 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
     files, left_out = {}, []
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch(path.name, rule) for rule in PUBLISHED)
+        wanted = wanted and (path.suffix != ".safetensors" or path in reader.files)  # no other set of weights
+        is_single = (folder / "model.safetensors").is_file()
+        wanted = wanted and not (is_single and path.name == "model.safetensors.index.json")
         if path.is_file() and wanted and not any(fnmatch(path.name, rule) for rule in NOT_PUBLISHED):
             files[path.name] = path
         else:
             left_out.append(path.name + "/" * path.is_dir())
     for name, path in files.items():
-        if not name.endswith((".safetensors", ".model", ".png")) and SECRET.search(path.read_text("utf-8", "replace")):
+        if name.endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                text = json.dumps(file.metadata() or {})
+        else:
+            text = "" if name.endswith((".model", ".png")) else path.read_text("utf-8", "replace")
+        if find_secret(text, token):
             raise HubError(
                 f"{path} holds an access token; nothing was sent. Remove it there, and revoke it if it is used."
             )
@@ -271,18 +311,26 @@ def collect_files(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], 
             f"{folder / changed[0]} is not the file of this version of convllava-hf; only the package's own code is "
             "pushed. Delete it; push adds what the checkpoint needs."
         )
+    if foreign := find_foreign_code(folder):
+        raise HubError(f"{folder}: {foreign}. Only the package's own code is pushed; save the model again.")
     files |= {name: Path(__file__).with_name(name) for name, state in code.items() if state == "missing"}
     try:
         own = "README.md" in files and not has_trainer_card(folder)
-        card = (folder / "README.md").read_text(encoding="utf-8") if own else build_folder_card(folder)
-        filled = fill_repo_id(card, repo_id)
+    except yaml.YAMLError as error:
+        raise HubError(describe_bad_card(error)) from error
+    card = (folder / "README.md").read_text(encoding="utf-8") if own else build_folder_card(folder)
+    filled = fill_repo_id(card, repo_id)
+    try:
         ModelCard(filled)  # raises on metadata that cannot be read, before anything is sent
     except Exception as error:  # errors of YAML and of its content have no common base
-        text = " ".join(str(error).split())
-        raise HubError(f"the metadata of README.md cannot be read: {text} Correct the card.") from error
+        raise HubError(describe_bad_card(error)) from error
     if not own or filled != card:
         files["README.md"] = filled.encode()
     return files, left_out
+
+
+def describe_bad_card(error: Exception) -> str:
+    return f"the metadata of README.md cannot be read: {' '.join(str(error).split())} Correct the card."
 
 
 @contextmanager
@@ -350,7 +398,19 @@ def explain_errors(action: str, token: str | None) -> Iterator[None]:
     except (HubError, ConversionError):
         raise
     except Exception as error:  # errors of the Hub, of HTTP, of sockets and of the disk have no common base
+        if not (isinstance(error, OSError | ValueError | RuntimeError) or is_connection_error(error)):
+            raise  # a fault of ours
         raise HubError(describe_error(error, action, [token, get_token()])) from error
+
+
+def is_connection_error(error: BaseException | None) -> bool:
+    """Whether the network is to blame, for an error or for one that it came from."""
+    while error is not None:
+        client = type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore", "hf_xet"))
+        if client or isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def describe_error(error: Exception, action: str, tokens: list[str | None]) -> str:
@@ -363,17 +423,19 @@ def describe_error(error: Exception, action: str, tokens: list[str | None]) -> s
         status = getattr(getattr(cause, "response", None), "status_code", None)
         number = getattr(cause, "errno", None)
         cause = cause.__cause__
-    where = f" ({error})" if isinstance(error, RuntimeError) else ""
     text = " ".join(str(error).split()) or type(error).__name__
     if status is not None:
         fix = FIXES.get(status, FIXES[500] if status >= 500 else "")
-        text = f"HTTP {status}{where}. {fix}"
+        reason = f" ({error})" if isinstance(error, RuntimeError) else ""
+        if said := getattr(error, "server_message", None):
+            reason = f" ({' '.join(said.split())})"
+        text = f"HTTP {status}{reason}. {fix}".strip()
     elif number in NO_SPACE:
         text = f"{os.strerror(number)}. Free some space and run the same command again; it goes on from there."
     elif is_offline_mode() and isinstance(error, ConnectionError | LocalEntryNotFoundError):
         text = "HF_HUB_OFFLINE is set, and this is not in the cache. Unset it, or pull once with a connection."
-    elif isinstance(error, LocalEntryNotFoundError) or not isinstance(error, ValueError):
+    elif is_connection_error(error):
         text = f"{text[:300].rstrip('.')}. Check the connection and run the same command again; it goes on from there."
     for secret in filter(None, tokens):
-        text = text.replace(secret, "***")
+        text = text.replace(secret, "***").replace(secret.strip(), "***")
     return f"{action} failed: {SECRET.sub('***', text)}"

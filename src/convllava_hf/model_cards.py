@@ -82,8 +82,9 @@ def build_model_card(name: str, content: dict) -> str:
         Markdown with the Hub's metadata in front.
     """
     sources = [source["name"] for source in content["sources"] if source["revision"]]
-    known = {facts["sources"][0]: facts for facts in read_facts().values() if facts["sources"]}
-    facts = next((known[source] for source in sources if source in known), {})
+    # Published results are of exactly these parts.
+    released = [facts for facts in read_facts().values() if facts["sources"]]
+    facts = next((facts for facts in released if set(facts["sources"]) <= set(sources)), {})
     rows = "\n".join(
         f"| {source['role']} | {source['name']} | {source['revision'] or 'local folder'} | {file['name']} | "
         f"`{file['sha256']}` |"
@@ -180,7 +181,7 @@ def build_folder_card(folder: Path) -> str:
     trained = ModelCard.load(folder / "README.md") if has_trainer_card(folder) else None
     facts = {}
     if trained is not None:
-        facts["training"] = trained.text.partition("## How it was trained")[2] or "With TRL."
+        facts["training"] = trained.text.partition("## How it was trained")[2] or trained.text
         facts |= {key: trained.data[key] for key in ("license", "datasets") if trained.data.get(key)}
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     config = CONFIG_CLASSES[kind].from_pretrained(folder) if kind in CONFIG_CLASSES else None
@@ -252,6 +253,7 @@ def fill_repo_id(card: str, repo_id: str) -> str:
     """Writes where a model can be loaded from into the commands and snippets of a card of ours; others stay as is."""
     if "pip install convllava-hf" not in card:
         return card
-    card = re.sub(r'^(model_id = )".*"$', rf'\g<1>"{repo_id}"', card, flags=re.MULTILINE)
+    # Cards of ours name no owner; other lines of that form are the user's.
+    card = re.sub(r'^(model_id = )"[^"/]*"$', rf'\g<1>"{repo_id}"', card, flags=re.MULTILINE)
     card = re.sub(r"^(vllm serve )\S+", rf"\g<1>{repo_id}", card, flags=re.MULTILINE)
     return re.sub(r"^(convllava ask .* --model )\S+$", rf"\g<1>{repo_id}", card, flags=re.MULTILINE)

@@ -76,7 +76,7 @@ def get_trainable(config: PreTrainedConfig, stage: int, vision_from: str = "stag
     Args:
         config: of the model.
         stage: 1: projector and, in towers of five stages, the fifth one; 2: projector, language model and the tower
-            from `vision_from` on; 3: projector and language model.
+            from `vision_from` on, which a ViT lacks; 3: projector and language model.
         vision_from: see [`get_vision_pattern`]; stage 2 only.
 
     Returns:
@@ -91,6 +91,8 @@ def get_trainable(config: PreTrainedConfig, stage: int, vision_from: str = "stag
         )
     if stage == 3:
         return [PROJECTOR, LANGUAGE_MODEL]
+    if stage == 1 and config.model_type != "convllava":
+        return [PROJECTOR]
     depths = get_stage_depths(config)
     if stage == 2:
         return [PROJECTOR, LANGUAGE_MODEL, get_vision_pattern(depths, vision_from)]

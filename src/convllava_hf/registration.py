@@ -30,6 +30,16 @@ HUB_FILES = (
     "modeling_convllava.py",
     "processing_convllava.py",
 )
+HUB_CLASSES = (
+    ConvLlavaConfig,
+    ConvLlavaModel,
+    ConvLlavaForConditionalGeneration,
+    ConvLlavaProcessor,
+    ConvLlavaImageProcessor,
+    ConvLlavaImageProcessorPil,
+)
+# Files of a checkpoint in which `auto_map` names code.
+CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
 
 def register() -> None:
@@ -60,6 +70,31 @@ def register() -> None:
     ConvLlavaProcessor.register_for_auto_class()
     for image_processor in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
         image_processor.register_for_auto_class()
+
+
+def find_foreign_code(folder: Path) -> str | None:
+    """Looks for entries in a checkpoint's configurations that name code other than this package's.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        What is wrong; `None` if `config.json` names the classes of this package, of a model of ours, and nothing in the
+        folder names any others. `"repository--module.Class"` would run code of another repository.
+    """
+    ours = {f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in HUB_CLASSES}
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8")) if file.name in CONFIGURATIONS else {}
+        for part in [content, *(value for value in content.values() if isinstance(value, dict))]:
+            for name, target in (part.get("auto_map") or {}).items():
+                for reference in target if isinstance(target, list) else [target]:
+                    if reference is not None and reference not in ours:
+                        return f"{file.name} names {reference!r} as its {name}, which is no class of convllava-hf"
+        if file.name == "config.json" and content.get("model_type") == "convllava":
+            missing = {"AutoConfig", "AutoModelForImageTextToText"} - set(content.get("auto_map") or {})
+            if missing:
+                return f"{file.name} has no auto_map for {' and '.join(sorted(missing))}, which trust_remote_code needs"
+    return None
 
 
 def list_code_files(folder: Path) -> dict[str, str]:

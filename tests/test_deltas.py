@@ -225,6 +225,46 @@ def test_an_interrupted_run_is_continued(parts, monkeypatch):
     assert hash_weights(parts / "output") == list_expected("llavar") and not partial.exists()
 
 
+def test_what_is_damaged_between_two_runs_is_written_anew(parts, monkeypatch):
+    """As by a faulty disk: the first run stops at what it reads back, the second one mends it."""
+    arguments = (parts / "base", parts / "delta", parts / "output")
+
+    def damage(*arguments):
+        written = write_checkpoint(*arguments)
+        path = arguments[0] / written[0].name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return written
+
+    write_checkpoint = deltas.write_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(deltas, "write_checkpoint", damage)
+        with pytest.raises(ConversionError, match="reads back differently"):
+            apply_delta(*arguments, max_shard_size="100KB")
+    apply_delta(*arguments, max_shard_size="100KB")
+    assert hash_weights(parts / "output") == list_expected("llavar")
+    assert not list((parts / "output").glob(".*"))
+
+
+def test_models_and_deltas_are_told_apart_without_buffers(parts):
+    apply_delta(parts / "base", parts / "delta", parts / "merged")
+    with pytest.raises(ConversionError, match="delta merged holds whole weights.*expected a delta"):
+        apply_delta(parts / "base", parts / "merged", parts / "twice")
+    make_delta(parts / "base", parts / "merged", parts / "back")
+    with pytest.raises(ConversionError, match="target back holds a delta.*expected whole weights"):
+        make_delta(parts / "base", parts / "back", parts / "twice")
+
+
+def test_tokens_that_the_base_has_too_are_not_of_the_delta(parts):
+    added = json.loads((parts / "delta" / "added_tokens.json").read_text())
+    assert added
+    (parts / "delta" / "added_tokens.json").write_text(json.dumps({**added, "[OLD]": 5}))
+    (parts / "base" / "added_tokens.json").write_text(json.dumps({"[OLD]": 5}))
+    apply_delta(parts / "base", parts / "delta", parts / "output")
+    assert hash_weights(parts / "output") == list_expected("llavar")
+
+
 def test_other_inputs_do_not_continue_it(parts, monkeypatch):
     def stop(*rest):
         raise KeyboardInterrupt

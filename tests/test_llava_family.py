@@ -168,6 +168,41 @@ def test_fit_to_corner():
     assert fitted.size == (10, 10) and fitted.mode == "RGB"
     assert fitted.getpixel((9, 4)) == (255, 255, 255) and fitted.getpixel((0, 5)) == (0, 0, 0)
     assert fit_to_corner(Image.new("RGB", (1000, 1)), 10).size == (10, 10)
+    for length in range(1, 400):  # the longer side fills the square to the last pixel
+        assert fit_to_corner(Image.new("L", (length, 1), 255), 336).getpixel((335, 0)) == (255, 255, 255), length
+
+
+def test_deltas_are_not_taken_for_models(tmp_path):
+    delta = REFERENCE / "llava_v0_delta" / "delta"
+    tower = next(path.parent for path in (REFERENCE / "llava_v0_delta").glob("*/preprocessor_config.json"))
+    with pytest.raises(ConversionError, match="delta holds a delta.*apply-delta"):
+        convert_checkpoint(delta, tmp_path / "out", vision_tower=tower)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_of_its_own_is_not_dropped(parts):
+    edit_json(parts / "model" / "config.json", unfreeze_mm_vision_tower=True)
+    path = sorted((parts / "model").glob("*.bin"))[0]
+    weights = torch.load(path, weights_only=True)
+    torch.save({**weights, "model.vision_tower.vision_tower.x": torch.ones(2)}, path)
+    with pytest.raises(ConversionError, match="holds a vision tower that was trained"):
+        convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
+
+
+def test_settings_that_are_null_are_as_if_they_were_not_there(parts):
+    config = json.loads((parts / "model" / "config.json").read_text())
+    (parts / "model" / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": None}))
+    report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
+    assert not AutoProcessor.from_pretrained(report.output).image_processor.do_pad
+
+
+def test_names_choose_the_template_of_llama_2_and_tokenizers_the_end(parts):
+    edit_json(parts / "model" / "config.json", _name_or_path="liuhaotian/llava-llama-2-13b-chat", eos_token_id=1)
+    report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
+    assert "[INST]" in AutoProcessor.from_pretrained(report.output).chat_template
+    assert json.loads((report.output / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
+    report = convert_checkpoint(parts / "model", parts / "v1", vision_tower=parts / "tower", chat_template="v1")
+    assert "USER" in AutoProcessor.from_pretrained(report.output).chat_template
 
 
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -319,7 +354,7 @@ BAD_INPUT = {
     "class token of SigLIP": (other_tower, "mm_vision_select_feature = 'cls_patch'; expected 'patch'"),
     "ConvNeXt": (convnext_tower, r"mm_vision_select_layer = -2; expected -1.*With a ConvNeXt tower only"),
     "image size": (other_image_size, "has size 42; expected 56 pixels, the image_size of config.json"),
-    "fewer rows": (fewer_rows, "tokenizer of model has 1000 tokens and its embeddings .* have 900 rows"),
+    "fewer rows": (fewer_rows, "tokenizer of model has 1000 ids and its embeddings .* have 900 rows"),
     "no tokenizer": (no_tokenizer, r"the tokenizer of model is missing; expected tokenizer\.model\. Get"),
 }
 

@@ -302,7 +302,8 @@ def write_checkpoint(
         tensors: what to write, in this order.
         max_shard_size: bytes of tensors per file; a larger tensor gets a file of its own.
         progress: counts the bytes written.
-        resume: keep the files that are there; each got its name when it was complete.
+        resume: keep the files that are there and have the hash that was noted when they were written, in a hidden
+            file beside each; the caller removes these notes (`remove_notes`).
 
     Returns:
         The weight files.
@@ -320,9 +321,16 @@ def write_checkpoint(
         room -= tensor.num_bytes
 
     def write(name: str, shard: list[TensorToWrite]) -> WrittenFile:
-        if resume and (folder / name).is_file():
-            return WrittenFile(name, (folder / name).stat().st_size, hash_file(folder / name, progress))
-        return _write_safetensors(folder / name, shard, progress)
+        path, note = folder / name, folder / f".{name}.sha256"
+        if resume and path.is_file() and note.is_file():
+            found = WrittenFile(name, path.stat().st_size, hash_file(path, progress))
+            if found.sha256 == note.read_text():
+                return found
+            progress.update(-found.num_bytes)  # damaged since, so written anew
+        written = _write_safetensors(path, shard, progress)
+        if resume:
+            note.write_text(written.sha256)
+        return written
 
     if len(shards) == 1:
         return [write("model.safetensors", shards[0])]
@@ -334,6 +342,12 @@ def write_checkpoint(
     written = [write(name, shard) for name, shard in zip(names, shards, strict=True)]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return written
+
+
+def remove_notes(folder: Path) -> None:
+    """Removes what `write_checkpoint` noted for a run that goes on."""
+    for note in folder.glob(".*.safetensors.sha256"):
+        note.unlink()
 
 
 def _write_safetensors(path: Path, tensors: list[TensorToWrite], progress: tqdm | None) -> WrittenFile:

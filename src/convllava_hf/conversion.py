@@ -77,6 +77,8 @@ VOCABULARY_MULTIPLE = 64
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Bounds answers that do not end by themselves, where a caller gives no bound.
 MAX_NEW_TOKENS = 1024
+# What the originals, and the papers' tables, call formats that are the same.
+CHAT_TEMPLATE_ALIASES = {"v0": "llava_v0", "v1": "vicuna_v1", "stablelm": "phi", "mistral": "mistral_instruct"}
 CHAT_TEMPLATES = Path(__file__).with_name("chat_templates")
 # Rows that are summed at a time, in float64.
 ROWS_AT_ONCE = 2048
@@ -485,8 +487,9 @@ def count_ids(tokenizer) -> int:
 
 
 def list_chat_templates() -> dict[str, Path]:
-    """Name -> file of the chat templates of this package."""
-    return {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+    """Name -> file of the chat templates of this package, by the originals' other names as well."""
+    files = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+    return {**files, **{alias: files[name] for alias, name in CHAT_TEMPLATE_ALIASES.items()}}
 
 
 def build_chat_template(tokenizer, name: str, image_tag: str | None = None) -> str:
@@ -545,6 +548,9 @@ def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     # `max_length`, which warns beside every `max_new_tokens`.
     ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    # Configurations of the first LLaMA conversions name other ids than their tokenizers have.
+    if tokenizer.eos_token_id not in (None, *ends):
+        ends.append(tokenizer.eos_token_id)
     if language.chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
         ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     return GenerationConfig(

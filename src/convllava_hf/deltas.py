@@ -31,9 +31,11 @@ from .checkpoint_io import (
     measure_peak_memory,
     parse_size,
     read_json,
+    remove_notes,
     stage_output,
     write_checkpoint,
 )
+from .llava_family import FINAL_NORM, looks_like_delta
 from .sources import Source, find_source
 from .weight_maps import ConversionError
 
@@ -189,6 +191,7 @@ def _combine(
             for file in written:
                 if hash_file(folder / file.name, progress) != file.sha256:
                     raise ConversionError(f"{file.name} reads back differently: the disk is faulty. Use another one.")
+        remove_notes(folder)
         content = {
             "convllava_hf": __version__,
             "kind": kind,
@@ -232,6 +235,12 @@ def check_pair(base: Source, other: Source, sign: int) -> set[str]:
                 f"the {source.role} {source.name} has {found} in {buffers[0]!r}; expected {expected}. Check which "
                 "folder is which."
             )
+        if looks_like_delta(source) != is_delta:
+            found, expected = ("whole weights", "a delta") if is_delta else ("a delta", "whole weights")
+            raise ConversionError(
+                f"the {source.role} {source.name} holds {found}, by its {FINAL_NORM!r}; expected {expected}. Check "
+                "which folder is which."
+            )
     shared = {name for name in base.tensors if not name.endswith(ROTARY_BUFFER)}
     projectors = sorted(name for name in shared if name.startswith(PROJECTOR))
     if projectors:
@@ -249,11 +258,11 @@ def check_pair(base: Source, other: Source, sign: int) -> set[str]:
         extra = expected[0] - found[0] if name in VOCABULARY_TABLES else 0
         if found != (expected[0] - max(extra, 0), *expected[1:]):
             raise ConversionError(f"{what}: {name!r} has shape {found} in it; expected {expected}. {fix}")
-        added = other.folder / "added_tokens.json"
-        if name in VOCABULARY_TABLES and added.is_file() and extra != len(read_json(added)):
+        added = _read_added_tokens(other) - _read_added_tokens(base)
+        if name in VOCABULARY_TABLES and added and extra != len(added):
             raise ConversionError(
-                f"{what}: {name!r} has {found[0]} rows in it; expected {expected[0] - len(read_json(added))}, as "
-                f"{len(read_json(added))} of the {expected[0]} rows of the {other.role} are of added tokens. {fix}"
+                f"{what}: {name!r} has {found[0]} rows in it; expected {expected[0] - len(added)}, as {len(added)} of "
+                f"the {expected[0]} rows of the {other.role} are of added tokens. {fix}"
             )
     tokenizers = [source.folder / "tokenizer.model" for source in (base, other)]
     if all(path.is_file() for path in tokenizers) and len({path.read_bytes() for path in tokenizers}) > 1:
@@ -266,6 +275,11 @@ def check_pair(base: Source, other: Source, sign: int) -> set[str]:
                     f"{what}: SHA-256 of its {name!r} as float16 is {found}; expected {known}, from {ORIGIN}. {fix}"
                 )
     return shared
+
+
+def _read_added_tokens(source: Source) -> set[str]:
+    path = source.folder / "added_tokens.json"
+    return set(read_json(path)) if path.is_file() else set()
 
 
 def _iterate_blocks(source: Source, name: str) -> Iterator[torch.Tensor]:

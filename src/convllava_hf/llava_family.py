@@ -18,6 +18,7 @@ siglip_encoder.py`. The v0 code runs on transformers 4.28, `tokenization_utils.p
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 from PIL import Image
 from transformers import (
@@ -85,6 +86,8 @@ HEAD = "language_model.lm_head"
 # How the code of 2023 writes an image where `mm_use_im_start_end` is set.
 IMAGE_START, IMAGE_PATCH, IMAGE_END = "<im_start>", "<im_patch>", "<im_end>"
 V0_PAD_TOKEN = "[PAD]"
+FINAL_NORM = "model.norm.weight"
+OWN_TOWER = "model.vision_tower."
 
 
 def is_vit(source: Source) -> bool:
@@ -132,6 +135,17 @@ def read_vit(source: Source) -> Tower:
     return Tower(source, config, config.image_size, list(mean), list(std), resample)
 
 
+def looks_like_delta(source: Source) -> bool:
+    """Whether a checkpoint holds differences to a LLaMA, told by its final norm: trained ones are positive.
+
+    Args:
+        source: the repository, open. Without that norm the answer is no.
+    """
+    if FINAL_NORM not in source.tensors:
+        return False
+    return (source.reader.read(FINAL_NORM) <= 0).float().mean().item() > 0.25
+
+
 def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageModel:
     """Reads the language model and the projector of a checkpoint.
 
@@ -157,17 +171,30 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
         ("mm_hidden_size", [tower.config.hidden_size]),
         ("tie_word_embeddings", [False]),
     ):
-        default = None if key == "architectures" else accepted[0]
-        if config.get(key, default) not in accepted:
+        if config.get(key) is None and key != "architectures":
+            continue  # the originals read `null` as they do what is not there
+        if config.get(key) not in accepted:
+            expected = " or ".join(repr(value) for value in accepted)
+            fix = "There is no exact counterpart to it in transformers' llava; convert another checkpoint."
+            if key in ("mm_hidden_size", "mm_vision_select_feature"):
+                expected += f" with the tower {tower.source.name}"
+                fix = "Pass the right --vision-tower, or convert another checkpoint."
             raise ConversionError(
-                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected "
-                f"{' or '.join(repr(value) for value in accepted)} with the tower {tower.source.name}. There is no "
-                "exact counterpart to it in transformers' llava; convert another checkpoint, or pass the right "
-                "--vision-tower."
+                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected {expected}. {fix}"
             )
     source.open()
+    if looks_like_delta(source):
+        raise ConversionError(
+            f"{source.name} holds a delta, differences to a LLaMA, by its {FINAL_NORM!r}; merge them first: convllava "
+            "apply-delta."
+        )
+    if config.get("unfreeze_mm_vision_tower") and any(name.startswith(OWN_TOWER) for name in source.tensors):
+        raise ConversionError(
+            f"{source.name} holds a vision tower that was trained (unfreeze_mm_vision_tower in config.json); "
+            "expected a frozen one, which lies in the tower's own repository. Convert another checkpoint."
+        )
     source.rename(LLAVA)
-    layers = 1 if config.get("mm_projector_type", "linear") == "linear" else 2
+    layers = 1 if (config.get("mm_projector_type") or "linear") == "linear" else 2
     if found := sum(f"multi_modal_projector.linear_{number}.weight" in source.targets for number in (1, 2)) - layers:
         raise ConversionError(
             f"{source.name} has a projector of {found + layers} linear layers; expected {layers}, as its config.json "
@@ -177,14 +204,18 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
     # Without its files transformers makes a tokenizer of three words, and the tables would be cut to them.
     files = ("tokenizer.model",) if config_class is LlamaConfig else ("tokenizer.json", "vocab.json")
     if not any((source.folder / name).is_file() for name in files):
-        raise ConversionError(
-            f"the tokenizer of {source.name} is missing; expected {' or '.join(files)}. Get its files again."
-        )
+        fix = "Get its files again."
+        if config_class is StableLmConfig:
+            fix = "Where the release has its tokenizer as code, put the tokenizer.json of the language model's own in."
+        raise ConversionError(f"the tokenizer of {source.name} is missing; expected {' or '.join(files)}. {fix}")
     renamed = {STABLELM_OLD_KEYS.get(key, key): value for key, value in config.items()}
     text_config = config_class(**read_settings(renamed, keys))
     limit = config.get("tokenizer_model_max_length")
     tokenizer = load_tokenizer(source, text_config, **({"model_max_length": limit} if limit else {}))
     model = LanguageModel(source, text_config, tokenizer, EMBEDDINGS, HEAD, default_template)
+    names = f"{source.name} {Path(config.get('_name_or_path') or '').name}".lower()
+    if config_class is LlamaConfig and "llama-2" in names:  # as the original's `run_llava.py` goes by the name
+        model.chat_template = "llava_llama_2"
     if config.get("mm_use_im_start_end"):
         # Only the first generation trained with a padding token of its own, and with "###" between the turns.
         model.chat_template = "llava_v0" if tokenizer.pad_token == V0_PAD_TOKEN else "llavar"
@@ -254,8 +285,7 @@ def fit_to_corner(image: Image.Image, side: int) -> Image.Image:
 
     Source: SALT-NLP/LLaVAR, `LLaVA/llava/eval/run_llava.py`, `resize_image`.
     """
-    scale = side / max(image.size)
-    size = tuple(max(1, int(length * scale)) for length in image.size)
+    size = tuple(max(1, length * side // max(image.size)) for length in image.size)
     square = Image.new("RGB", (side, side))
     square.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     return square
@@ -281,9 +311,9 @@ def build_llava(tower: Tower, language: LanguageModel, source_config: dict) -> t
         text_config=language.config,
         image_token_index=language.tokenizer.convert_tokens_to_ids(language.image_token),
         image_seq_length=(side // patch) ** 2 + (extra if strategy == "full" else 0),
-        projector_hidden_act="linear" if source_config.get("mm_projector_type", "linear") == "linear" else "gelu",
+        projector_hidden_act="gelu" if source_config.get("mm_projector_type") == "mlp2x_gelu" else "linear",
         vision_feature_select_strategy=strategy,
-        vision_feature_layer=-1 if is_siglip else source_config.get("mm_vision_select_layer", -2),
+        vision_feature_layer=-1 if is_siglip else source_config.get("mm_vision_select_layer") or -2,
     )
     image_processor = LlavaImageProcessor(
         do_pad=source_config.get("image_aspect_ratio") == "pad",

@@ -43,8 +43,13 @@ def list_tensors(model_class, config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def save_random(shapes: dict[str, tuple[int, ...]], folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[int]:
-    """Writes `.bin` shards and their index; returns the shards' sizes in bytes. Holds one shard in memory."""
+def save_random(
+    shapes: dict[str, tuple[int, ...]], folder: Path, dtype: torch.dtype = torch.bfloat16, norms: float = 1.0
+) -> list[int]:
+    """Writes `.bin` shards and their index; returns the shards' sizes in bytes. Holds one shard in memory.
+
+    Values are around 0, those of norms around `norms`: a trained model's are positive, a delta's are not.
+    """
     noise = torch.randn(2**24, dtype=torch.float32).mul_(0.02).to(dtype)
     shards, room = [], 0
     for name, shape in shapes.items():
@@ -61,6 +66,8 @@ def save_random(shapes: dict[str, tuple[int, ...]], folder: Path, dtype: torch.d
         for name in names:
             count = torch.Size(shapes[name]).numel()
             content[name] = noise.repeat(-(-count // len(noise)))[:count].clone().reshape(shapes[name])
+            if name.endswith("norm.weight"):
+                content[name] += norms
             index[name] = file.name
         torch.save(content, file)
         sizes.append(file.stat().st_size)

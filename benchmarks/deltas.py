@@ -65,8 +65,8 @@ def list_pair(size: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[in
     return {name: tuple(shape) for name, shape in base.items()}, delta
 
 
-def save_sparse(shapes: dict[str, tuple[int, ...]], folder: Path):
-    """Writes safetensors shards of zeros that take no room on the disk, and their index."""
+def save_sparse(shapes: dict[str, tuple[int, ...]], folder: Path, norms: float):
+    """Writes safetensors shards of zeros that take no room on the disk, and their index; the last norm is `norms`."""
     shards, room, index = [], 0, {}
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
@@ -83,6 +83,10 @@ def save_sparse(shapes: dict[str, tuple[int, ...]], folder: Path):
         with open(folder / f"model-{number + 1}.safetensors", "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in shard.values()))
+            if "model.norm.weight" in shard:
+                entry = shard["model.norm.weight"]
+                file.seek(8 + len(text) + entry["data_offsets"][0])
+                file.write(torch.full(entry["shape"], norms, dtype=torch.float16).numpy().tobytes())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
@@ -92,9 +96,9 @@ def build_pair(size: str, folder: Path, is_sparse: bool):
         (folder / part).mkdir()
         (folder / part / "config.json").write_text("{}")
         if is_sparse:
-            save_sparse(shapes, folder / part)
+            save_sparse(shapes, folder / part, float(part == "base"))
         else:
-            save_random(shapes, folder / part, torch.float16)
+            save_random(shapes, folder / part, torch.float16, float(part == "base"))
 
 
 def run(command: list) -> tuple[float, int]:

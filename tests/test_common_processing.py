@@ -75,7 +75,9 @@ class NativeImageProcessingTest(ConvLlavaImageProcessingTest):
     def _assert_tensors_equivalence(self, tensor1, tensor2, **tolerances):
         # torch resizes along the rows first; Pillow 13 along the side that shrinks more. Both clip between the passes,
         # which shows on white noise where one side shrinks and the other grows: 1 value in 1000 by 5 to 30 levels.
-        super()._assert_tensors_equivalence(tensor1, tensor2, **{**tolerances, "atol": 1.0})
+        difference = (tensor1 - tensor2).abs()
+        assert (difference > 0.05).float().mean() < 0.005  # 0.05: about 3 levels
+        super()._assert_tensors_equivalence(tensor1, tensor2, **{**tolerances, "atol": 0.4})
 
 
 class ConvLlavaProcessorTest(ProcessorTesterMixin, unittest.TestCase):

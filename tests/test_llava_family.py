@@ -196,6 +196,19 @@ def test_settings_that_are_null_are_as_if_they_were_not_there(parts):
     assert not AutoProcessor.from_pretrained(report.output).image_processor.do_pad
 
 
+def test_special_tokens_that_are_empty_in_one_file_are_read_from_the_other(parts):
+    """As in the files of early 2023, whose texts begin with `</s>`."""
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+    (parts / "model" / "special_tokens_map.json").write_text(json.dumps(special))
+    path = parts / "model" / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), **dict.fromkeys(special, "")}
+    path.write_text(json.dumps(config))
+    report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
+    tokenizer = AutoProcessor.from_pretrained(report.output).tokenizer
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("</s>", "</s>")
+    assert tokenizer("Hi")["input_ids"][0] == 2
+
+
 def test_names_choose_the_template_of_llama_2_and_tokenizers_the_end(parts):
     edit_json(parts / "model" / "config.json", _name_or_path="liuhaotian/llava-llama-2-13b-chat", eos_token_id=1)
     report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import ConvNextConfig, LlamaConfig
+from transformers import CompileConfig, ConvNextConfig, LlamaConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaModel
 
@@ -245,6 +245,21 @@ def test_the_decode_step_compiles_as_one_graph(model):
     assert len(graphs) == 1
     expected = model(input_ids=torch.tensor([[1, 5, 6, 7, 8]])).logits[:, -1:]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_generation_with_a_static_cache_compiles_and_answers_the_same(model):
+    """Inductor, as `generate` uses it on a GPU by itself: one graph for all decode steps."""
+    inputs, _ = prompts(model)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+    expected = model.generate(**inputs, **settings)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = CompileConfig(fullgraph=True, mode="default")
+    compiled._compile_all_devices = True  # a CPU too
+    found = model.generate(**inputs, **settings, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- training

@@ -239,6 +239,7 @@ def chat(
                     except KeyboardInterrupt:
                         if not interactive:
                             raise
+                        stream.close()
                         print(flush=True)
                     if stream.text:  # else the question and its images wait for another try
                         history, shown = stream.history, []

@@ -351,9 +351,18 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreT
     """Loads the tokenizer that the language model was trained with; it pads on the left, as generation needs.
 
     AutoTokenizer loses SentencePiece's leading space on a repository whose model_type is "llava" and whose tokenizer
-    is in the old format; LlamaTokenizer with `legacy=False` gives the original ids.
+    is in the old format; LlamaTokenizer with `legacy=False` gives the original ids. Files of early 2023 leave special
+    tokens empty in `tokenizer_config.json`; those of `special_tokens_map.json` count then, as in transformers 4.28.
     """
     settings["padding_side"] = "left"  # only what is given here is saved again
+    files = [source.folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if all(path.is_file() for path in files):
+        written, mapped = map(read_json, files)
+        for key in ("bos_token", "eos_token", "unk_token"):
+            token = mapped.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if written.get(key) == "" and token:
+                settings[key] = token
     try:
         if config.model_type == "llama" and (source.folder / "tokenizer.model").is_file():
             return LlamaTokenizer.from_pretrained(source.folder, legacy=False, **settings)

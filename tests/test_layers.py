@@ -28,6 +28,7 @@ LAYERS = (
         "data",
         "mixture_files",
         "data_page",
+        "image_loading",
         "plans",
         "sampling",
         "recipe_files",

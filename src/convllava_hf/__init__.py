@@ -18,10 +18,10 @@ _HOMES = {
     "ConvLlavaImageProcessorPil": "image_processing_convllava",
     "ConvLlavaModel": "modeling_convllava",
     "ConvLlavaProcessor": "processing_convllava",
-    "ImageError": "inference",
+    "ImageError": "image_loading",
     "answer": "inference",
     "load": "inference",
-    "load_image": "inference",
+    "load_image": "image_loading",
     "make_message": "inference",
 }
 __all__ = sorted(_HOMES)

@@ -383,7 +383,7 @@ def split_inputs(inputs: list[str]) -> tuple[list[str], str]:
 
 def open_image(source: str, corner: int | None):
     """Loads an image; with `corner` puts it into a black square of that many pixels."""
-    from .inference import load_image
+    from .image_loading import load_image
     from .llava_family import fit_to_corner
 
     image = load_image(source)

@@ -50,9 +50,10 @@ from convllava_hf.checkpoint_io import (
     stage_output,
     write_checkpoint,
 )
-from convllava_hf.conversion import Vocabulary, convert_checkpoint, extend_rows, init_model, plan_weights
+from convllava_hf.conversion import convert_checkpoint, init_model, plan_weights
 from convllava_hf.modeling_convllava import PADDED_ID_SCORE
 from convllava_hf.sources import Source
+from convllava_hf.vocabulary import Vocabulary, extend_rows
 from convllava_hf.weight_maps import CONVLLAVA, CONVNEXT, VISION_TOWER, ConversionError
 
 

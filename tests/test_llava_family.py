@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from convllava_hf.checkpoint_io import StoredTensor
-from convllava_hf.conversion import Vocabulary, _make_identity, convert_checkpoint, list_shapes, plan_weights
+from convllava_hf.conversion import _make_identity, convert_checkpoint, list_shapes, plan_weights
 from convllava_hf.deltas import apply_delta
 from convllava_hf.llava_family import fit_to_corner
 from convllava_hf.sources import Source
+from convllava_hf.vocabulary import Vocabulary
 from convllava_hf.weight_maps import LLAVA, LLAVA_PUBLISHED, VIT, ConversionError
 
 

@@ -33,13 +33,14 @@ from transformers import (
 
 from .checkpoint_io import TORCH_DTYPES, WEIGHT_FILES, CheckpointReader, StoredTensor, hash_file, read_json
 from .configuration_convllava import ConvLlavaConfig
-from .conversion import CHAT_TEMPLATES, list_shapes
+from .conversion import list_shapes
 from .hub import explain_errors, list_remote
 from .model_cards import CONFIG_CLASSES, list_image_tokens
 from .modeling_convllava import ConvLlavaForConditionalGeneration
 from .plans import PARTS
 from .processing_convllava import ConvLlavaProcessor
 from .registration import find_foreign_code, list_code_files
+from .template_files import CHAT_TEMPLATES
 from .weight_maps import ConversionError
 
 

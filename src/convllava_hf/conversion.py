@@ -4,11 +4,8 @@ Weights stream from the sources to the output (`checkpoint_io`), their names fol
 tensor of every source is accounted for in `conversion_report.json`. The result is read back and checked before it gets
 its name.
 
-Notation: `R` rows of the original vocabulary, `V` rows of the new one, `D` width of the language model.
-
-Source of the original behaviour: alibaba/conv-llava, `llava/train/train.py` (`smart_tokenizer_and_embedding_resize`:
-new rows are the mean of the old ones), `llava/model/multimodal_encoder/convnext_encoder.py` (`add_stage`) and
-`llava/model/multimodal_projector/builder.py` (new modules are initialised by torch's defaults).
+Source of the original behaviour: alibaba/conv-llava, `llava/model/multimodal_encoder/convnext_encoder.py` (`add_stage`)
+and `llava/model/multimodal_projector/builder.py` (new modules are initialised by torch's defaults).
 """
 
 import copy
@@ -66,22 +63,16 @@ from .sources import (
     read_llava,
     read_tower,
 )
+from .template_files import build_chat_template, read_chat_template
+from .vocabulary import Vocabulary, add_tokens, count_ids, extend_rows
 from .weight_maps import LLAVA_PUBLISHED, VISION_TOWER, ConversionError
 
 
-PAD_TOKEN = "<pad>"
 # Where a merged checkpoint says what it was made of; see `deltas`.
 DELTA_REPORT = "delta_report.json"
-# Matrix products of such sizes are fast, and the table can be divided between devices.
-VOCABULARY_MULTIPLE = 64
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Bounds answers that do not end by themselves, where a caller gives no bound.
 MAX_NEW_TOKENS = 1024
-# What the originals, and the papers' tables, call formats that are the same.
-CHAT_TEMPLATE_ALIASES = {"v0": "llava_v0", "v1": "vicuna_v1", "stablelm": "phi", "mistral": "mistral_instruct"}
-CHAT_TEMPLATES = Path(__file__).with_name("chat_templates")
-# Rows that are summed at a time, in float64.
-ROWS_AT_ONCE = 2048
 # What becomes of a tensor. The first three account for all tensors of the sources, all but "dropped" for the output's.
 ACTIONS = ("renamed", "extended", "dropped", "initialised")
 
@@ -119,31 +110,6 @@ class ConversionReport:
         memory = f"{peak / 1e9:.2f} GB of memory at the peak" if peak else "memory is not measured on this system"
         lines.append(f"  took     {content['seconds']:.1f} s, {memory}")
         return "\n".join(lines)
-
-
-@dataclass
-class Vocabulary:
-    """How tables of `R` rows grow to `V`.
-
-    Attributes:
-        tensors: the tables, new names; the first is that of the input embeddings.
-        num_words: rows of the original that hold words.
-        added: new token -> id.
-        rows_before, rows_after: `R` and `V`.
-        rows_kept: rows that keep their values, unless they are of a new token.
-    """
-
-    tensors: tuple[str, ...]
-    num_words: int
-    added: dict[str, int]
-    rows_before: int
-    rows_after: int
-    rows_kept: int
-
-    @property
-    def new_rows(self) -> list[int]:
-        """Rows that get values of their own: those of new tokens and those behind the ones that are kept."""
-        return sorted({*self.added.values(), *range(self.rows_kept, self.rows_after)})
 
 
 def convert_checkpoint(
@@ -185,7 +151,7 @@ def convert_checkpoint(
     """
     writer = _Writer(output, dtype, max_shard_size, force)
     if chat_template is not None:
-        _read_chat_template(chat_template)
+        read_chat_template(chat_template)
     main = find_source(source, revision, "language model", "Pass a Hub id or a folder.")
     config = read_json(main.folder / "config.json") if (main.folder / "config.json").is_file() else {}
     if config.get("model_type") == "convllava" or {"text_config", "vision_config"} <= config.keys():
@@ -268,7 +234,7 @@ def init_model(
     if not stage:
         raise ConversionError(f"add_stage={add_stage!r}; expected BLOCKSxWIDTH, for example '6x3072'.")
     if chat_template is not None:
-        _read_chat_template(chat_template)
+        read_chat_template(chat_template)
     fix = "Pass --vision and --text with a Hub id or a folder each."
     tower = read_tower(find_source(vision, vision_revision, "vision tower", fix))
     fresh = ["model.multi_modal_projector."]
@@ -296,40 +262,6 @@ def init_model(
     content = {"kind": "new model", "seed": seed}
     language.chat_template = chat_template
     return _write_convllava(writer, content, tower, language, projector_type, resolution, tuple(fresh))
-
-
-def extend_rows(
-    rows: torch.Tensor, num_rows: int, new_rows: Sequence[int], num_words: int, distinct: bool
-) -> torch.Tensor:
-    """Resizes a table of the vocabulary and fills rows from the words that are there, without random numbers.
-
-    Args:
-        rows: `(R, D)` weights, or `(R,)` biases.
-        num_rows: `V`.
-        new_rows: rows to fill; the others keep their values.
-        num_words: how many rows, from the first, the means are taken over.
-        distinct: the k-th of n new rows is the mean of every n-th word from the k-th on. Input embeddings need rows
-            that differ, or a placeholder could not be told from padding. Otherwise every new row is the mean of all
-            words: in the output layer this makes a new token's score the mean score.
-
-    Returns:
-        `(V, D)` or `(V,)`, in the same dtype. Means are taken in float64.
-    """
-    if not new_rows:
-        return rows
-    table = rows.new_empty((num_rows, *rows.shape[1:]))
-    table[: len(rows)] = rows[:num_rows]
-    step = min(len(new_rows), num_words) if distinct else 1
-    sums = torch.zeros((step, *rows.shape[1:]), dtype=torch.float64)
-    block = step * max(1, ROWS_AT_ONCE // max(1, step))
-    for start in range(0, num_words, block):
-        words = rows[start : min(start + block, num_words)].double()
-        for offset in range(min(step, len(words))):
-            sums[offset] += words[offset::step].sum(0)
-    for number, row in enumerate(new_rows):
-        offset = number % step
-        table[row] = (sums[offset] / len(range(offset, num_words, step))).to(rows.dtype)
-    return table
 
 
 def plan_weights(
@@ -452,96 +384,6 @@ def _make_fresh(model: nn.Module, name: str, seed: int) -> torch.Tensor:
     return getattr(module, leaf).detach()
 
 
-def _add_tokens(language: LanguageModel) -> Vocabulary:
-    """Gives the tokenizer a placeholder and a pad token of their own, and says how the tables grow."""
-    source, tokenizer = language.source, language.tokenizer
-    if language.embeddings not in source.targets:
-        raise ConversionError(f"{source.name} has no input embeddings ({language.embeddings!r}). Get it again.")
-    name = source.targets[language.embeddings]
-    known = tokenizer.get_vocab()
-    rows, num_words = source.tensors[name].shape[0], count_ids(tokenizer)
-    if num_words > rows:
-        raise ConversionError(
-            f"the tokenizer of {source.name} has {num_words} ids and its embeddings {name!r} have {rows} rows; "
-            "expected a row for each token. The tokenizer is not of this model: get both again."
-        )
-    named = {str(token) for token in tokenizer.special_tokens_map.values()}
-    others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*others, language.image_token]})
-    # Where padding is the unknown word or the end of a text, these would be ignored where they are meant.
-    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (language.image_token, tokenizer.pad_token)}
-    added = {token: number for token, number in ids.items() if token not in known}
-    language.tokenizer = language.finish_tokenizer(tokenizer)
-    # The LLaVA family's loader cuts the tables to the tokenizer's words. ConvLLaVA's has a row for each row of before.
-    kept = num_words if language.head.startswith("language_model.") else rows
-    rows_after = -(-max(kept, count_ids(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    tables = (language.embeddings, f"{language.head}.weight", f"{language.head}.bias")
-    return Vocabulary(tables, num_words, added, rows, rows_after, kept)
-
-
-def count_ids(tokenizer) -> int:
-    """How many rows the ids of a tokenizer take: one more than its highest id, since some leave ids out."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def list_chat_templates() -> dict[str, Path]:
-    """Name -> file of the chat templates of this package, by the originals' other names as well."""
-    files = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
-    return {**files, **{alias: files[name] for alias, name in CHAT_TEMPLATE_ALIASES.items()}}
-
-
-def build_chat_template(tokenizer, name: str, image_tag: str | None = None) -> str:
-    """One of this package's chat templates, fitted to a tokenizer.
-
-    Args:
-        tokenizer: its start token goes in front where it adds one to texts.
-        name: of the template.
-        image_tag: text that stands for an image, in the formats that wrap the placeholder.
-
-    Raises:
-        ConversionError: there is no such template.
-    """
-    template = _read_chat_template(name)
-    if image_tag:
-        template = f"{{%- set image_tag = '{image_tag}' -%}}\n{template}"
-    return _add_start_token(tokenizer, template)
-
-
-def _read_chat_template(name: str) -> str:
-    templates = list_chat_templates()
-    if name not in templates:
-        raise ConversionError(f"chat_template={name!r}; expected one of {', '.join(templates)}.")
-    return templates[name].read_text(encoding="utf-8")
-
-
-def _add_start_token(tokenizer, template: str) -> str:
-    """A chat template, with the token that begins a text in it where the tokenizer adds one.
-
-    Chat servers and TRL tokenise a rendered chat without adding special tokens, so without this their texts would lack
-    the first token of every text that the model was trained on. transformers sees it there and adds no second one.
-    """
-    if not tokenizer.bos_token or tokenizer("A")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        return template
-    answer = {"role": "assistant", "content": "A."}
-    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    chats = [[picture, answer], [{"role": "user", "content": "What is it?"}, answer]]
-    best, most = template, 0
-    # Tokenizers differ in whether a word after a special token begins with SentencePiece's space by itself.
-    for gap in ("", " "):
-        candidate = f"{{{{- bos_token ~ '{gap}' -}}}}\n{template}"
-        same = []
-        for chat in chats:
-            plain = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
-            started = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=candidate)
-            ids = tokenizer(started, add_special_tokens=False)["input_ids"]
-            same.append(ids == tokenizer(plain)["input_ids"])
-        if same[0] and sum(same) > most:  # texts without an image come second: captions always have one
-            best, most = candidate, sum(same)
-    return best
-
-
 def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     text_config, tokenizer = language.config, language.tokenizer
     # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
@@ -642,7 +484,7 @@ def _write_model(
         build: makes its configuration and processor, after the tokenizer has all its tokens.
         fresh: gives for the model and a name that no source has a function that makes the tensor, or `None`.
     """
-    vocabulary = _add_tokens(language)
+    vocabulary = add_tokens(language)
     tokenizer = language.tokenizer
     # The tokenizer and the processor keep their template in one file.
     tokenizer.chat_template = build_chat_template(tokenizer, language.chat_template, language.image_tag)

@@ -38,11 +38,11 @@ from trl import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .conversion import build_chat_template, list_chat_templates
 from .modeling_convllava import PADDED_ID_SCORE, set_trainable
 from .plans import PARTS
 from .recipe_files import find_recipe
 from .sampling import ModalityLengthSampler, measure_lengths
+from .template_files import build_chat_template, list_chat_templates
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in, undecode_images
 
 

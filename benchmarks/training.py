@@ -5,6 +5,7 @@
 - Gradients with and without recomputation are compared on a small tower, bit by bit.
 - Batches: rows per second, and the share of tokens that are padding, for random batches of `SFTTrainer` and for ours,
   on rows with 7% text only and lengths as in LLaVA's instructions (log-normal), images padded to squares or native.
+- Cache: stage 3 with the features of the frozen tower from the disk, the first time and later, against images.
 - Workers: time to prepare a batch against the time of its step, as floats and as bytes.
 
     python benchmarks/training.py                                  # a CPU: a small model, a few minutes
@@ -169,9 +170,9 @@ def make_rows(count: int, side: int) -> Dataset:
         file = io.BytesIO()
         blocks = noise.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         PILImage.fromarray(blocks).resize(size, PILImage.BICUBIC).save(file, "JPEG", quality=90)
-        pictures.append({"bytes": file.getvalue(), "path": None})
+        pictures.append(file.getvalue())
     messages, images = [], []
-    for _ in range(count):
+    for number in range(count):
         characters = min(1500, int(rng.lognormvariate(5.0, 0.8)))
         messages.append(
             [
@@ -179,15 +180,17 @@ def make_rows(count: int, side: int) -> Dataset:
                 {"role": "assistant", "content": "a" * (characters - characters // 3)},
             ]
         )
-        images.append([] if rng.random() < TEXT_ONLY else [rng.choice(pictures)])
+        # What follows the end of a JPEG is not decoded, and makes it another file: caches tell files by their hash.
+        picture = {"bytes": rng.choice(pictures) + number.to_bytes(4, "big"), "path": None}
+        images.append([] if rng.random() < TEXT_ONLY else [picture])
     features = Features({"messages": [{"role": Value("string"), "content": Value("string")}], "images": List(Image())})
     return Dataset.from_dict({"messages": messages, "images": images}, features=features)
 
 
-def build_trainer(options, variant: str, rows: Dataset, folder: str, **changes):
-    """A trainer: "stock" is TRL's with transformers' blocks, "ours" ours; both train what stage 2 trains."""
+def build_trainer(options, variant: str, rows: Dataset, folder: str, stage: int = 2, **changes):
+    """A trainer: "stock" is TRL's with transformers' blocks, "ours" ours; both train what the stage trains."""
     model, processor = build_parts(options, changes.pop("aspect", "pad"))
-    set_trainable(model, get_trainable(model.config, 2))
+    set_trainable(model, get_trainable(model.config, stage))
     if variant == "stock":
         make_stock(model.model.vision_tower)
     arguments = ConvLlavaTrainingArguments(
@@ -257,6 +260,42 @@ def measure_training(options, rows: Dataset) -> list[dict]:
     return rows_out
 
 
+def measure_cache(options) -> list[dict]:
+    """Rows of the table of the cache: an epoch of stage 3, with the seconds that filling and reading the cache take.
+
+    Images have four times the side of the other measurements: towers are small where the model is.
+    """
+    options = argparse.Namespace(**{**vars(options), "side": 4 * options.side})
+    rows = make_rows(options.steps * options.batch, options.side)
+    measured = {"images": [], "features, first run": [], "features, later run": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.repeats + 1):
+            cache = str(Path(folder) / str(turn))
+            for name, values in measured.items():
+                show_progress(f"cache, {name}: round {turn} of {options.repeats}")
+                start = time.perf_counter()
+                changes = {} if name == "images" else {"vision_cache": cache}
+                build_trainer(options, "ours", rows, folder, stage=3, **changes).train()
+                if turn:
+                    values.append(time.perf_counter() - start)
+        size = sum(path.stat().st_size for path in Path(cache).rglob("*.safetensors"))
+    undecoded = rows.cast_column("images", List(Image(decode=False)))
+    images = sum(map(len, undecoded["images"]))
+    table, base = [], None
+    for name, values in measured.items():
+        seconds = statistics.median(values)
+        base = base or seconds
+        table.append(
+            {
+                "stage 3 from": name,
+                "s": f"{seconds:.1f}",
+                "of images": f"{seconds / base:.2f}",
+                "on disk, KiB per image": "" if name == "images" else f"{size / images / 1024:.1f}",
+            }
+        )
+    return table
+
+
 def measure_collator(options, rows: Dataset) -> list[dict]:
     """Rows of the table of the collator: preparing one batch in one process against one training step."""
     table = []
@@ -316,15 +355,17 @@ def main(arguments: list[str] | None = None) -> None:
     rows = make_rows(max(4, options.steps) * options.batch, options.side)
     collator = measure_collator(options, rows)
     training = measure_training(options, rows)
+    cache = measure_cache(options)
     show_progress("")
     print("# Training")
     print_table(ACTIVATIONS, activations)
     print(f"\nLargest difference between gradients with and without recomputation: {difference}")
     print_table("Batches", training)
     print_table("Collator", collator)
+    print_table("Cache", cache)
     print_machine(machine)
     tables = {"activations": activations, "gradients": difference, "batches": training, "collator": collator}
-    write_json(options.json, {"machine": machine, **tables})
+    write_json(options.json, {"machine": machine, **tables, "cache": cache})
 
 
 if __name__ == "__main__":

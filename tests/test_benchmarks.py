@@ -56,6 +56,7 @@ def test_training_compares_every_variant(load, capsys, tmp_path):
         "stage 2",
     ]
     assert len(read_table(text, "Batches")) == 5 and len(read_table(text, "Collator")) == 2
+    assert len(read_table(text, "Cache")) == 3
     assert json.loads(file.read_text())["gradients"] == 0.0
 
 

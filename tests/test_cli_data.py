@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from convllava_hf.cli import app
 from convllava_hf.data_page import read_rows, split_tokens
-from convllava_hf.mixture_files import list_mixtures
+from convllava_hf.shipped_files import list_files
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -114,7 +114,7 @@ def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
 
 def test_mixtures_are_listed():
     code, text = run("mixtures")
-    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list_mixtures()
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list(list_files("mixture"))
 
 
 def test_llava_of_transformers_counts_and_shows_too(files, tmp_path, aligned_masks):

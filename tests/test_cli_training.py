@@ -10,7 +10,7 @@ from tiny_data import save_tiny_llava
 from typer.testing import CliRunner
 
 from convllava_hf.cli import app
-from convllava_hf.recipe_files import list_recipes
+from convllava_hf.shipped_files import list_files
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_plan_refuses_what_is_not_there(checkpoint):
 
 def test_recipes_are_listed_found_and_shown():
     code, text = run("recipe")
-    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list_recipes()
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list(list_files("recipe"))
     code, text = run("recipe", "convllava_stage2")
     assert code == 0 and Path(text.strip()).is_file()
     assert run("recipe", "convllava_stage2", "--show")[1].strip() == Path(text.strip()).read_text().strip()

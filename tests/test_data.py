@@ -28,8 +28,8 @@ from convllava_hf.llava_rows import (
     iterate_json,
     split_content,
 )
-from convllava_hf.mixture_files import list_mixtures, read_mixture
-from convllava_hf.recipe_files import RECIPES
+from convllava_hf.mixture_files import read_mixture
+from convllava_hf.shipped_files import list_files
 
 
 def talk(*values: str, image=None, **more) -> dict:
@@ -592,8 +592,8 @@ def test_trl_mixes_the_sources_of_one_dataset(tmp_path):
 
 
 def test_every_mixture_is_read_and_names_what_is_missing(tmp_path):
-    assert len(list_mixtures()) == 14
-    for name in list_mixtures():
+    assert len(list_files("mixture")) == 14
+    for name in list_files("mixture"):
         sources = read_mixture(name, tmp_path)
         assert all(source.rows and source.origin.startswith("https://") for source in sources)
         with pytest.raises(FileNotFoundError) as caught:
@@ -605,7 +605,7 @@ def test_every_mixture_is_read_and_names_what_is_missing(tmp_path):
 
 def test_the_docs_tell_of_every_mixture_and_number():
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    for name in list_mixtures():
+    for name in list_files("mixture"):
         assert f"`{name}`" in text
         for source in read_mixture(name):
             (line,) = [
@@ -617,8 +617,10 @@ def test_the_docs_tell_of_every_mixture_and_number():
 
 
 def test_recipes_name_mixtures_that_exist():
-    named = {name for file in RECIPES.glob("*.yaml") for name in re.findall(r"mixture (\w+_\w+)", file.read_text())}
-    assert named and named <= set(list_mixtures())
+    named = {
+        name for file in list_files("recipe").values() for name in re.findall(r"mixture (\w+_\w+)", file.read_text())
+    }
+    assert named and named <= set(list_files("mixture"))
 
 
 def test_mixtures_of_ones_own(tmp_path, root):

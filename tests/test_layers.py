@@ -33,7 +33,7 @@ LAYERS = (
         "vocabulary",
         "plans",
         "sampling",
-        "recipe_files",
+        "shipped_files",
         "model_cards",
     ),
     ("registration", "conversion", "deltas", "inference", "hub", "checkpoint_checks", "adapters", "vision_cache"),
@@ -66,6 +66,7 @@ SIDEWAYS = {
     ("data", "llava_rows"),
     ("data_page", "llava_rows"),
     ("mixture_files", "data"),
+    ("mixture_files", "shipped_files"),
 }
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are
 # requirements of transformers itself.

@@ -130,9 +130,9 @@ def test_commands_of_the_cards_exist():
                 options = {name for option in commands[line[1]].params for name in option.opts}
                 assert {word for word in line if word.startswith("--")} <= options, line
         for recipe in re.findall(r"`(?:convllava train )?(\w+_(?:stage\d|pretrain|finetune))`", path.read_text()):
-            from convllava_hf.recipe_files import find_recipe
+            from convllava_hf.shipped_files import find_file
 
-            assert find_recipe(recipe).is_file()
+            assert find_file("recipe", recipe).is_file()
 
 
 def test_converted_checkpoints_tell_where_every_file_came_from(converted_llava, reference):

@@ -19,7 +19,7 @@ from tiny_data import save_rows, save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convllava_hf.adapters import merge_adapter
-from convllava_hf.recipe_files import RECIPES, find_recipe, list_recipes
+from convllava_hf.shipped_files import FOLDERS, find_file, list_files
 
 
 pytestmark = pytest.mark.skipif(
@@ -78,13 +78,13 @@ def get_changed_parts(before: Path, after: Path, tmp_path: Path) -> dict[str, se
 
 
 def test_there_are_all_recipes():
-    assert len(list_recipes()) == 19
-    assert {path.suffix for path in RECIPES.iterdir()} == {".yaml"}
+    assert len(list_files("recipe")) == 19
+    assert {path.suffix for path in FOLDERS["recipe"].iterdir()} == {".yaml"}
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", list_files("recipe"))
 def test_recipe_is_flat_and_says_how_to_run_it(name):
-    text = find_recipe(name).read_text()
+    text = find_file("recipe", name).read_text()
     head = text.split("\n\n")[0]
     assert re.search(rf"convllava\)? train {name} ", head) and f"$(convllava recipe {name})" in head
     assert "GPU" in head or "one processor core" in head
@@ -94,14 +94,14 @@ def test_recipe_is_flat_and_says_how_to_run_it(name):
 
 
 @pytest.mark.parametrize("train", [train_with_trl, train_with_convllava])
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", list_files("recipe"))
 def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
     if "qlora" in name:
         pytest.importorskip("bitsandbytes", reason="4 bits need the extra `quantization`")
     family = get_family(name)
     output = tmp_path / "output"
     settings = ["--model_name_or_path", str(models[family]), "--dataset_name", str(data), "--output_dir", str(output)]
-    train(find_recipe(name), [*settings, *TINY])
+    train(find_file("recipe", name), [*settings, *TINY])
     changed = get_changed_parts(models[family], output, tmp_path)
 
     moved, frozen = {True}, {False}
@@ -152,7 +152,7 @@ def test_recipes_of_the_family_run_on_converted_checkpoints(name, convert_family
     """Released formats, converted, trained for two steps on a loss that is a number."""
     model, output = convert_family(FAMILIES[name]), tmp_path / "output"
     settings = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output), *TINY]
-    train_with_convllava(find_recipe(name), settings)
+    train_with_convllava(find_file("recipe", name), settings)
     changed = get_changed_parts(model, output, tmp_path)
     assert changed["vision_tower"] == {False}
     one_layer = FAMILIES[name] in ("llava_v0_delta", "llavar")  # whose second layer is the identity, and stays it
@@ -199,7 +199,7 @@ def test_stages_train_the_same_without_recomputing_activations(stage, models, da
         output = tmp_path / recompute
         settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
         settings += ["--output_dir", str(output), *TINY, "--gradient_checkpointing", recompute]
-        train_with_convllava(find_recipe(f"tiny_cpu_stage{stage}"), settings)
+        train_with_convllava(find_file("recipe", f"tiny_cpu_stage{stage}"), settings)
         changed.append(get_changed_parts(models["convllava"], output, tmp_path))
     assert changed[0] == changed[1]
 
@@ -207,7 +207,9 @@ def test_stages_train_the_same_without_recomputing_activations(stage, models, da
 def test_adapters_load_as_those_of_any_model(models, data, tmp_path):
     """PEFT's own loading, transformers' `load_adapter`, and the merged checkpoint answer the same."""
     settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
-    train_with_trl(find_recipe("convllava_stage3_lora"), [*settings, "--output_dir", str(tmp_path / "adapter"), *TINY])
+    train_with_trl(
+        find_file("recipe", "convllava_stage3_lora"), [*settings, "--output_dir", str(tmp_path / "adapter"), *TINY]
+    )
     merged = AutoModelForImageTextToText.from_pretrained(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
     with_peft = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(models["convllava"]), str(tmp_path / "adapter")
@@ -228,7 +230,7 @@ def test_stock_command_runs_a_recipe_without_the_package(models, data, tmp_path)
     block = tmp_path / "blocked"
     block.mkdir()
     (block / "convllava_hf.py").write_text("raise ImportError('blocked')")
-    recipe = shutil.copy(find_recipe("tiny_cpu_stage1"), tmp_path / "recipe.yaml")
+    recipe = shutil.copy(find_file("recipe", "tiny_cpu_stage1"), tmp_path / "recipe.yaml")
     output = tmp_path / "output"
     command = [str(Path(sys.executable).parent / "trl"), "sft", "--config", str(recipe)]
     command += ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset, List
+from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
 from packaging.version import Version
 from PIL import Image
@@ -27,6 +27,7 @@ if Version(transformers.__version__) < Version("5.18"):
 
 from trl import SFTTrainer
 
+from convllava_hf.sampling import undecode_images
 from convllava_hf.training import (
     ConvLlavaCollator,
     ConvLlavaTrainer,
@@ -277,12 +278,35 @@ def test_missing_image_is_named(make_trainer, tmp_path):
         make_trainer(dataset).train()
 
 
+def use_single_images(dataset):
+    """The rows that have one image, with a column `image` in the place of `images`."""
+    rows = [row for row in undecode_images(dataset).to_list() if row["images"]]
+    rows = [{"messages": row["messages"], "image": row["images"][0]} for row in rows]
+    features = {"messages": dataset.features["messages"], "image": ImageFeature()}
+    return Dataset.from_list(rows, features=Features(features))
+
+
 @pytest.mark.parametrize("cached", [False, True])
-def test_broken_image_is_named(make_trainer, tmp_path, cached):
+def test_column_of_single_images_trains_as_lists_do(make_trainer, tmp_path, cached):
+    settings = {"trainable": ["multi_modal_projector"], "max_steps": 2}
+    if cached:
+        settings["vision_cache"] = str(tmp_path / "cache")
+    rows = make_rows(20)
+    rows = rows.filter(lambda row: len(row["images"]) == 1)
+    lists, singles = make_trainer(rows, **settings), make_trainer(use_single_images(rows), **settings)
+    for trainer in (lists, singles):
+        trainer.train()
+    assert get_losses(singles) == get_losses(lists)
+
+
+@pytest.mark.parametrize("column", ["images", "image"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_broken_image_is_named(make_trainer, tmp_path, cached, column):
     rows = make_rows(4).to_list()
     rows[2]["images"] = [{"bytes": rows[2]["images"][0]["bytes"][:60], "path": None}]
     dataset = make_rows(4)
     dataset = dataset.from_list(rows, features=dataset.features)
+    dataset = use_single_images(dataset) if column == "image" else dataset
     settings = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "cache")} if cached else {}
     with pytest.raises(ValueError, match=r"cannot read image 0 of row 2" if cached else "of the row that begins"):
         make_trainer(dataset, **settings).train()

@@ -279,6 +279,11 @@ def hash_file(path: Path, progress: tqdm | None = None) -> str:
     return digest.hexdigest()
 
 
+def describe_file(path: Path, progress: tqdm | None = None) -> dict:
+    """Name, size in bytes and SHA-256 of a file, as reports list them; `progress` counts its bytes."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, progress)}
+
+
 @dataclass(frozen=True)
 class WrittenFile:
     """A file of the output: name, size in bytes, and SHA-256 of what was meant to be written."""
@@ -286,6 +291,22 @@ class WrittenFile:
     name: str
     num_bytes: int
     sha256: str
+
+    def check(self, folder: Path, progress: tqdm | None = None):
+        """Reads the file back; `progress` counts its bytes.
+
+        Raises:
+            ConversionError: it holds something else.
+        """
+        if hash_file(folder / self.name, progress) != self.sha256:
+            raise ConversionError(
+                f"{self.name} reads back differently from what was written: the disk is faulty. Choose another "
+                "--output."
+            )
+
+    def describe(self) -> dict:
+        """As `describe_file`, without reading the file."""
+        return {"name": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
 
 
 def write_checkpoint(

@@ -176,11 +176,9 @@ def show(
 def mixtures():
     """List the mixtures of the original trainings."""
     with report_data_errors():
-        from .mixture_files import find_mixture, list_mixtures
+        from .shipped_files import list_titles
 
-        width = max(map(len, list_mixtures()))
-        for name in list_mixtures():
-            print(f"{name:{width}}  {find_mixture(name).read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        print(list_titles("mixture"))
 
 
 def load_processor(model: str | None, trust_remote_code: bool):

@@ -51,16 +51,12 @@ def recipe(
 ):
     """List the recipes, or print the path of one (for `trl sft --config`)."""
     with report_errors():
-        from .recipe_files import find_recipe, list_recipes
+        from .shipped_files import find_file, list_titles
 
         if name is None:
-            names = list_recipes()
-            width = max(map(len, names))
-            for entry in names:
-                title = find_recipe(entry).read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
-                print(f"{entry:{width}}  {title}")
+            print(list_titles("recipe"))
         else:
-            file = find_recipe(name)
+            file = find_file("recipe", name)
             print(file.read_text(encoding="utf-8") if show else file)
 
 

@@ -39,7 +39,6 @@ from .checkpoint_io import (
     CheckpointReader,
     TensorToWrite,
     check_output,
-    hash_file,
     measure_peak_memory,
     parse_size,
     read_json,
@@ -649,17 +648,13 @@ class _Writer:
                 files = write_checkpoint(folder, tensors, self.max_shard_size, progress)
             save(folder)
             with tqdm(total=to_check, unit="B", unit_scale=True, desc="checking", disable=None) as progress:
-                hashed = [self._hash(source, progress) for source in sources]
+                hashed = [source.describe(progress) for source in sources]
                 for source in sources:
                     if (source.folder / DELTA_REPORT).is_file():
                         merged = read_json(source.folder / DELTA_REPORT)["sources"]
                         hashed += [{**part, "role": f"{part['role']} of {source.name}"} for part in merged]
                 for file in files:
-                    if hash_file(folder / file.name, progress) != file.sha256:
-                        raise ConversionError(
-                            f"{file.name} reads back differently from what was written: the disk is faulty. Choose "
-                            "another --output."
-                        )
+                    file.check(folder, progress)
             dtypes = {name: stored.dtype for name, stored in CheckpointReader(folder).tensors.items()}
             if dtypes != {tensor.name: tensor.dtype for tensor in tensors}:
                 raise ConversionError("the tensors read back have other names or dtypes. Please report this.")
@@ -670,7 +665,7 @@ class _Writer:
                 "sources": hashed,
                 "counts": {"read": num_read, **{key: actions[key] for key in ACTIONS}, "written": len(tensors)},
                 "dropped": dict(Counter(record["reason"] for record in records if record["action"] == "dropped")),
-                "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in files],
+                "files": [file.describe() for file in files],
                 "checks": ["files read back with the hashes of what was written", *check(folder)],
                 "seconds": round(time.monotonic() - self.started, 3),
                 "peak_memory_bytes": measure_peak_memory(),
@@ -680,11 +675,3 @@ class _Writer:
             (folder / "README.md").write_text(card, encoding="utf-8")
             (folder / "conversion_report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return ConversionReport(self.output, content)
-
-    @staticmethod
-    def _hash(source: Source, progress: tqdm) -> dict:
-        files = [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, progress)}
-            for path in source.reader.files
-        ]
-        return {"role": source.role, "name": source.name, "revision": source.revision, "files": files}

@@ -27,7 +27,6 @@ from . import __version__
 from .checkpoint_io import (
     TensorToWrite,
     check_output,
-    hash_file,
     measure_peak_memory,
     parse_size,
     read_json,
@@ -176,21 +175,9 @@ def _combine(
             origin = {name: _hash_tensor(base, name) for name in sorted(shared)}
             (folder / ORIGIN).write_text(json.dumps({"base": base.name, "sha256": origin}, indent=1) + "\n")
         with tqdm(total=to_hash, unit="B", unit_scale=True, desc="checking", disable=None) as progress:
-            hashed = [
-                {
-                    "role": source.role,
-                    "name": source.name,
-                    "revision": source.revision,
-                    "files": [
-                        {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, progress)}
-                        for path in source.reader.files
-                    ],
-                }
-                for source in (base, other)
-            ]
+            hashed = [source.describe(progress) for source in (base, other)]
             for file in written:
-                if hash_file(folder / file.name, progress) != file.sha256:
-                    raise ConversionError(f"{file.name} reads back differently: the disk is faulty. Use another one.")
+                file.check(folder, progress)
         remove_notes(folder)
         content = {
             "convllava_hf": __version__,
@@ -202,7 +189,7 @@ def _combine(
                 "left out": len(other.tensors) - len(names),
             },
             **({"not_restored": sum(not_restored.values())} if sign < 0 else {}),
-            "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
+            "files": [file.describe() for file in written],
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory_bytes": measure_peak_memory(),
         }

@@ -36,6 +36,7 @@ from .checkpoint_io import (
     CheckpointReader,
     TensorToWrite,
     check_output,
+    describe_file,
     hash_file,
     parse_size,
     stage_output,
@@ -248,10 +249,7 @@ def check_hashes(repo_id: str, commit: str, folder: Path, place: dict, token: st
 def describe_files(report: Path, weights: Path) -> bytes:
     """A conversion report with other weight files in it."""
     content = json.loads(report.read_text(encoding="utf-8"))
-    content["files"] = [
-        {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(weights.glob("*.safetensors"))
-    ]
+    content["files"] = [describe_file(path) for path in sorted(weights.glob("*.safetensors"))]
     return (json.dumps(content, indent=1) + "\n").encode()
 
 

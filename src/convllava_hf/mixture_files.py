@@ -6,43 +6,22 @@ root folder, and for the reader `license`.
 
 import os
 from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from .data import Source
+from .shipped_files import find_file
 
 
-MIXTURES = Path(str(files(__package__).joinpath("mixtures")))
 KEYS = {field.name for field in fields(Source)} | {"license"}
-
-
-def list_mixtures() -> list[str]:
-    """Names of the mixtures, in order of the alphabet."""
-    return sorted(file.stem for file in MIXTURES.glob("*.yaml"))
-
-
-def find_mixture(name: str | Path) -> Path:
-    """The file of a mixture.
-
-    Args:
-        name: of a mixture of the package, or the path of any YAML file.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    for candidate in (Path(name), MIXTURES / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"no mixture {str(name)!r}; expected a YAML file or one of: {', '.join(list_mixtures())}.")
 
 
 def read_mixture(name: str | Path, root: str | Path | None = None) -> list[Source]:
     """Reads the sources of a mixture; whether they are there is not looked at.
 
     Args:
-        name: see `find_mixture`.
+        name: see `shipped_files.find_file`.
         root: folder that the paths are relative to; default: that of the YAML file.
 
     Returns:
@@ -52,7 +31,7 @@ def read_mixture(name: str | Path, root: str | Path | None = None) -> list[Sourc
         FileNotFoundError: no such mixture.
         ValueError: the file has another form.
     """
-    file = find_mixture(name)
+    file = find_file("mixture", name)
     root = Path(os.path.expanduser(root)) if root is not None else file.parent
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))["sources"]

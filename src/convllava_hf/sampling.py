@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, Image, List
+from datasets import Dataset, Image, IterableDataset, List
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
@@ -88,10 +88,7 @@ def measure_lengths(
     Returns:
         Lengths, and whether the rows have images.
     """
-    column = next((name for name in ("images", "image") if name in dataset.column_names), None)
-    if column and (feature := dataset.features[column]) is not None:
-        undecoded = Image(decode=False)
-        dataset = dataset.cast_column(column, List(undecoded) if isinstance(feature, List) else undecoded)
+    dataset = undecode_images(dataset)
     count_tokens = getattr(image_processor, "num_image_tokens", None)
 
     def measure(row: dict) -> dict:
@@ -100,9 +97,7 @@ def measure_lengths(
             content = message["content"]
             parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
             characters += sum(map(len, parts))
-        images = row[column] if column else []
-        images = images if isinstance(images, list) else [images]
-        tokens = sum(_count_image_tokens(image, count_tokens) for image in images if image is not None)
+        tokens = sum(_count_image_tokens(image, count_tokens) for image in list_images(row))
         return {"length": characters // CHARACTERS_PER_TOKEN + tokens, "has_images": tokens > 0}
 
     measured = dataset.map(
@@ -113,6 +108,20 @@ def measure_lengths(
         load_from_cache_file=True,
     )
     return list(measured["length"]), list(measured["has_images"])
+
+
+def undecode_images(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows with images as `{"bytes", "path"}`: to read headers, take hashes, or name the row that fails."""
+    columns = dataset.column_names or []
+    if "images" in columns:
+        return dataset.cast_column("images", List(Image(decode=False)))
+    return dataset.cast_column("image", Image(decode=False)) if "image" in columns else dataset
+
+
+def list_images(row: dict) -> list:
+    """The images of a row, which are in its `images`, or the one in its `image`; empty where it has none."""
+    images = row.get("images") or [row.get("image")]
+    return [image for image in images if image is not None]
 
 
 def _count_image_tokens(image: dict, count_tokens) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .checkpoint_io import WEIGHT_FILES, CheckpointReader, StoredTensor, read_json
+from .checkpoint_io import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_json
 from .weight_maps import (
     CONVLLAVA,
     CONVNEXT,
@@ -91,6 +92,11 @@ class Source:
         self.reader = CheckpointReader(self.folder)
         self.tensors = self.reader.tensors
         self.targets = {name: name for name in self.tensors}
+
+    def describe(self, progress: tqdm | None = None) -> dict:
+        """What it is and what it consists of, for a report; `progress` counts the bytes of its weight files."""
+        files = [describe_file(path, progress) for path in self.reader.files]
+        return {"role": self.role, "name": self.name, "revision": self.revision, "files": files}
 
     def rename(self, table: WeightMap):
         """Looks the tensors' present names up in a table.

@@ -40,10 +40,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .modeling_convllava import PADDED_ID_SCORE, set_trainable
 from .plans import PARTS
-from .recipe_files import find_recipe
-from .sampling import ModalityLengthSampler, measure_lengths
+from .sampling import ModalityLengthSampler, list_images, measure_lengths, undecode_images
+from .shipped_files import find_file
 from .template_files import build_chat_template, list_chat_templates
-from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in, undecode_images
+from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
 
 logger = logging.get_logger(__name__)
@@ -141,16 +141,16 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare_images(self, example: dict) -> dict:
         """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
-        if "images" not in example:
+        if not {"images", "image"} & example.keys():
             return example
         images = []
-        for image in example["images"] or []:
+        for image in list_images(example):
             try:
                 decode = make_stand_in if self.is_cached else Image().decode_example
                 images.append(decode(image) if isinstance(image, dict) else image)
             except OSError as error:
                 raise ValueError(f"cannot read an image of {describe_row(example)}: {error}") from error
-        return {**example, "images": images}
+        return {**{key: value for key, value in example.items() if key != "image"}, "images": images}
 
     def _cut(self, batch: dict, examples: list[dict]) -> None:
         """Cuts the batch to `max_tokens` columns; padding is on the right."""
@@ -175,7 +175,7 @@ def describe_row(example: dict) -> str:
     content = content.get("content", "") if isinstance(content, dict) else content
     if not isinstance(content, str):
         content = " ".join(part.get("text") or "" for part in content)
-    return f"the row that begins {content[:60]!r} ({len(example.get('images') or [])} images)"
+    return f"the row that begins {content[:60]!r} ({len(list_images(example))} images)"
 
 
 class LossBarCallback(ProgressCallback):
@@ -273,7 +273,7 @@ class ConvLlavaTrainer(SFTTrainer):
             set_image_size(self.processing_class.image_processor, args.image_size)
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
             # The collator decodes images: an image that cannot be read is named with its row.
-            if self.train_dataset is not None and "images" in (self.train_dataset.column_names or []):
+            if self.train_dataset is not None:
                 self.train_dataset = undecode_images(self.train_dataset)
             self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
         self._silence_padded_ids()
@@ -286,8 +286,9 @@ class ConvLlavaTrainer(SFTTrainer):
         """Computes the tower's features of all training images, as this run would."""
         if not isinstance(self.train_dataset, Dataset) or self.eval_dataset is not None:
             raise ValueError("vision_cache needs data that is no stream, and eval_strategy='no'.")
-        if "images" not in self.train_dataset.column_names:
-            raise ValueError(f"vision_cache needs a column 'images'; got {', '.join(self.train_dataset.column_names)}.")
+        columns = self.train_dataset.column_names
+        if not {"images", "image"} & set(columns):
+            raise ValueError(f"vision_cache needs a column 'images' or 'image'; got {', '.join(columns)}.")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -512,7 +513,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         FileNotFoundError: no such recipe.
         ValueError: settings or data that cannot be used.
     """
-    file = find_recipe(recipe)
+    file = find_file("recipe", recipe)
     script, args, model, mixture = get_parser().parse_args_and_config(["--config", str(file), *arguments])
     if not model.model_name_or_path:
         raise ValueError("no model to train: pass --model_name_or_path, a checkpoint's folder or Hub id.")

@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
+
+from .sampling import list_images
 
 
 KEY = "vision_cache_key"  # where a stand-in image says which features are its own
@@ -104,7 +106,7 @@ class VisionCache:
         for key in tqdm(sorted(missing)[rank::world_size], desc="Caching features", disable=not show_progress):
             row, index = places[key]
             try:
-                image = Image().decode_example(dataset[row]["images"][index]).convert("RGB")
+                image = Image().decode_example(list_images(dataset[row])[index]).convert("RGB")
             except OSError as error:
                 raise ValueError(f"cannot read image {index} of row {row}: {error}") from error
             self.store(key, image)
@@ -151,11 +153,6 @@ class CachedImageProcessor:
         return BatchFeature({"vision_features": torch.cat(features), "image_sizes": torch.tensor(sizes)})
 
 
-def undecode_images(dataset: Dataset) -> Dataset:
-    """The same rows with images as `{"bytes", "path"}`, which is what their hashes are made of."""
-    return dataset.cast_column("images", List(Image(decode=False)))
-
-
 def make_stand_in(image: dict) -> PILImage.Image:
     """A picture of one pixel that says which features it stands for."""
     picture = PILImage.new("RGB", (1, 1))
@@ -165,8 +162,9 @@ def make_stand_in(image: dict) -> PILImage.Image:
 
 def iterate_images(dataset: Dataset) -> Iterator[tuple[int, int, dict]]:
     """Row, place in the row, and undecoded image, for every image."""
-    for row, images in enumerate(dataset.select_columns("images")):
-        for index, image in enumerate(images["images"] or []):
+    columns = [name for name in ("images", "image") if name in dataset.column_names]
+    for row, images in enumerate(dataset.select_columns(columns)):
+        for index, image in enumerate(list_images(images)):
             yield row, index, image
 
 

@@ -132,6 +132,21 @@ def test_llava_of_transformers_counts_and_shows_too(files, tmp_path, aligned_mas
     assert code == 2 and f"has {max(lengths)} tokens" in text
 
 
+def test_tokens_are_counted_at_the_size_of_the_training(files, checkpoint, tmp_path):
+    output, options = tmp_path / "out", ["--model", checkpoint, "--max-length", 500, "--image-size", 1536]
+    build = ["build", "--llava-json", files / "one.json", "--image-root", files, "-o"]
+    code, text = run(*build, tmp_path / "long", *options)
+    assert code == 2 and "row too long" in text and "1 images included; at most 500" in text
+    assert run(*build, output)[0] == 0
+    assert run("check", output, *options[:4])[0] == 0
+    code, text = run("check", output, *options)
+    assert code == 2 and "row too long" in text
+    code, text = run("check", output, "--image-size", 256)
+    assert code == 2 and "--image-size 256 needs --model" in text
+    code, text = run("check", output, *options[:4], "--image-size", 250)
+    assert code == 2 and "image_size=250; expected a multiple of 64" in text
+
+
 def test_rows_with_texts_for_contents_are_checked_and_drawn(tmp_path):
     """Such rows TRL takes as well; their images go before the first question."""
     save_rows(tmp_path / "rows", 10)

@@ -392,18 +392,6 @@ def test_max_image_tokens_is_the_budget_of_native_images(budget, tokens, loaded,
     assert count_image_tokens(loaded, Image.new("RGB", (128, 64)), max_image_tokens=budget) == tokens
 
 
-@pytest.mark.parametrize(
-    ("size", "budget", "cells"),
-    [((3, 6), 18, (3, 6)), ((3, 6), 17, (2, 5)), ((6, 3), 8, (4, 2)), ((1, 9), 4, (1, 4)), ((9, 9), 35, (5, 5))],
-)
-def test_other_shapes_shrink_within_the_budget(size, budget, cells, loaded):
-    image_processor = type(loaded[1].image_processor)(
-        image_aspect_ratio="squash", size={"height": size[0] * 64, "width": size[1] * 64}
-    )
-    limited = inference._limit_image_tokens(image_processor, budget)["size"]
-    assert (limited["height"] // 64, limited["width"] // 64) == cells
-
-
 def test_extreme_images_are_answered_or_refused_by_name(loaded):
     assert count_image_tokens(loaded, [Image.new("RGB", (1, 1)), Image.new("RGB", (2, 200))]) == 8
 

@@ -28,6 +28,7 @@ LAYERS = (
         "data",
         "mixture_files",
         "data_page",
+        "image_budgets",
         "image_loading",
         "template_files",
         "vocabulary",

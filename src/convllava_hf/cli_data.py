@@ -20,6 +20,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", metavar="MODEL", help="Checkpoint to train: a Hub id or a path.")
 ]
 LengthOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="Most tokens of a row; needs --model.")]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS", help="Train at this size; needs --model. [default: the checkpoint's]", show_default=False
+    ),
+]
 VerifyOption = Annotated[
     str, typer.Option(metavar="decode|header", help="Check images as a whole, or by their first bytes (faster).")
 ]
@@ -70,6 +76,7 @@ def build(
     on_error: Annotated[str, typer.Option(metavar="stop|skip", help="What to do at a bad row.")] = "stop",
     verify: VerifyOption = "decode",
     model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     max_length: LengthOption = None,
     long_rows: Annotated[
         str, typer.Option(metavar="error|cut", help="Longer rows: bad, or cut by whole rounds, never inside an image.")
@@ -115,7 +122,7 @@ def build(
             num_proc=num_proc or count_cores(),
             on_error=on_error,
             verify=verify,
-            processor=load_processor(model, trust_remote_code),
+            processor=load_processor(model, image_size, trust_remote_code),
             max_length=max_length,
             long_rows=long_rows,
             force=force,
@@ -129,6 +136,7 @@ def check(
     folder: FolderArgument,
     verify: VerifyOption = "decode",
     model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     max_length: LengthOption = None,
     trust_remote_code: TrustOption = False,
 ):
@@ -142,7 +150,7 @@ def check(
     with report_data_errors():
         from .data import check_dataset
 
-        processor = load_processor(model, trust_remote_code)
+        processor = load_processor(model, image_size, trust_remote_code)
         report = check_dataset(folder, verify=verify, processor=processor, max_length=max_length)
         print(report.summary())
         if report.bad_rows:
@@ -155,6 +163,7 @@ def show(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.", show_default=False)],
     model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many, chosen at random.")] = 20,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice.")] = 0,
     trust_remote_code: TrustOption = False,
@@ -168,7 +177,7 @@ def show(
     with report_data_errors():
         from .data_page import write_page
 
-        count = write_page(folder, out, rows, seed, load_processor(model, trust_remote_code))
+        count = write_page(folder, out, rows, seed, load_processor(model, image_size, trust_remote_code))
         print(f"wrote {count} rows to {out}")
 
 
@@ -181,16 +190,22 @@ def mixtures():
         print(list_titles("mixture"))
 
 
-def load_processor(model: str | None, trust_remote_code: bool):
-    """The processor of a checkpoint, or `None` without one."""
+def load_processor(model: str | None, image_size: int | None, trust_remote_code: bool):
+    """The processor of a checkpoint, set to another image size in pixels if there is one; `None` without checkpoint."""
     if model is None:
+        if image_size is not None:
+            raise ValueError(f"--image-size {image_size} needs --model, the checkpoint to train.")
         return None
     from transformers import AutoProcessor
 
+    from .image_budgets import set_image_size
     from .registration import register
 
     register()
-    return AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if image_size is not None:
+        set_image_size(processor.image_processor, image_size)
+    return processor
 
 
 def count_cores() -> int:

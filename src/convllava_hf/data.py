@@ -268,7 +268,9 @@ def _describe_build(sources: list[Source], settings: Settings) -> dict:
         described.append({**entry, **file})
     model = getattr(getattr(settings.processor, "tokenizer", None), "name_or_path", None)
     values = {key: getattr(settings, key) for key in ("images", "verify", "max_length", "long_rows", "shard_rows")}
-    return {"sources": described, **values, "model": model}
+    image_processor = getattr(settings.processor, "image_processor", None)
+    prepared = image_processor and image_processor.to_dict()
+    return {"sources": described, **values, "model": model, "image_processor": prepared}
 
 
 def _prepare_folder(output: Path, work: Path, description: dict, force: bool) -> None:

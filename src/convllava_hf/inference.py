@@ -7,7 +7,6 @@ templates take them: `{"role": "user", "content": [{"type": "image", "image": ..
 """
 
 import importlib.util
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .image_budgets import limit_image_tokens
 from .image_loading import ImageSource, load_image
 
 
@@ -420,7 +420,7 @@ def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], max_image_t
             )
     settings = {}
     if max_image_tokens is not None:
-        settings = _limit_image_tokens(processor.image_processor, max_image_tokens)
+        settings = limit_image_tokens(processor.image_processor, max_image_tokens)
     return processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
@@ -429,31 +429,6 @@ def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], max_image_t
         return_tensors="pt",
         processor_kwargs={"images_kwargs": settings} if settings else {},
     )
-
-
-def _limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
-    """Settings of the image processor under which no image takes more than `max_image_tokens`.
-
-    `native` has such a budget. `pad` and `squash` keep the preprocessing that the model was trained with, at the
-    largest size of the same shape that fits.
-    """
-    if max_image_tokens < 1:
-        raise ValueError(f"max_image_tokens={max_image_tokens}; expected 1 or more.")
-    if not hasattr(image_processor, "num_image_tokens"):
-        raise ValueError(
-            f"max_image_tokens={max_image_tokens} is not supported by {type(image_processor).__name__}: its images "
-            "have a fixed number of tokens."
-        )
-    factor, size = image_processor.downsampling_factor, image_processor.size
-    rows, columns = size["height"] // factor, size["width"] // factor
-    if image_processor.image_aspect_ratio == "native":
-        budget = min(max_image_tokens, image_processor.max_image_tokens or rows * columns)
-        return {"max_image_tokens": budget, "min_image_tokens": min(image_processor.min_image_tokens, budget)}
-    scale = min(1.0, math.sqrt(max_image_tokens / (rows * columns)))
-    shorter = max(1, math.floor(min(rows, columns) * scale + 1e-9))
-    longer = min(math.floor(max(rows, columns) * scale + 1e-9), max_image_tokens // shorter)
-    rows, columns = (shorter, longer) if rows <= columns else (longer, shorter)
-    return {"size": {"height": rows * factor, "width": columns * factor}}
 
 
 def _choose_new_tokens(model: PreTrainedModel, stats: AnswerStats, max_new_tokens: int | None) -> int:

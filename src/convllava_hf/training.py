@@ -38,6 +38,7 @@ from trl import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from .image_budgets import set_image_size
 from .modeling_convllava import PADDED_ID_SCORE, set_trainable
 from .plans import PARTS
 from .sampling import ModalityLengthSampler, list_images, measure_lengths, undecode_images
@@ -457,14 +458,6 @@ class ConvLlavaTrainer(SFTTrainer):
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16; processors without the instructions are hundreds of times slower in it."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def set_image_size(image_processor, side: int) -> None:
-    """Sets the square that images are processed to, in the words that the processor's own `size` uses."""
-    keys = [key for key in ("height", "width", "shortest_edge") if image_processor.size.get(key)]
-    image_processor.size = type(image_processor.size)(**dict.fromkeys(keys, side))
-    if getattr(image_processor, "crop_size", None):
-        image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
 
 
 def describe_training(args: ConvLlavaTrainingArguments, recipe: str | None, data: str | None) -> str:

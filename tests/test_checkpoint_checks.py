@@ -19,6 +19,7 @@ from convllava_hf.checkpoint_io import CheckpointReader
 from convllava_hf.cli import app
 from convllava_hf.conversion import convert_checkpoint
 from convllava_hf.hub import HubError
+from convllava_hf.inference import load
 from convllava_hf.weight_maps import ConversionError
 
 
@@ -97,6 +98,34 @@ def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatc
     offline = describe_checkpoint("someone/model")
     offline.name = here.name
     assert offline == here
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_quantised_checkpoints(quantize, tiny, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the extra 'quantization'")
+    model, processor = load(tiny, quantize=quantize)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    info, full = describe_checkpoint(tmp_path), describe_checkpoint(tiny)
+    assert info.quantization == "bitsandbytes" and info.parts == full.parts
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    assert 0 < stored - info.memory.pop("the stored form") < 2**15 and info.memory == full.memory
+    assert "quantised by bitsandbytes" in info.summary() and full.quantization is None
+    assert not [check for check in check_checkpoint(tmp_path) if check.problem]
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name][1:].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert name in str([check.problem for check in check_checkpoint(tmp_path)])
+
+
+def test_eight_bit_floats_have_a_header(tiny, tmp_path):
+    tensors = load_file(tiny / "model.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    shutil.copy(tiny / "config.json", tmp_path)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    info = describe_checkpoint(tmp_path)
+    assert info.dtypes["float8_e4m3fn"] == tensors[name].numel() and info.parts == describe_checkpoint(tiny).parts
 
 
 def test_info_never_runs_a_pickle(tmp_path, reference):

@@ -63,6 +63,13 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+# Beside those that the conversion reads.
+HEADER_DTYPES = {**TORCH_DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# What bitsandbytes stores beside a weight that it has quantised. Four-bit weights are two to a byte.
+QUANTIZATION_STATE = re.compile(
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|(?P<four_bit>quant_state\.bitsandbytes__\w+))$"
+    r"|\.(SCB|weight_format)$"
+)
 # Bytes per weight. bitsandbytes quantises the linear layers of the language model; nf4 has a float32 for every 64.
 BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "8-bit": (1, 2), "4-bit": (0.5 + 4 / 64, 2)}
 NOT_QUANTIZED = re.compile(r"embed|wte|lm_head|norm")
@@ -80,8 +87,9 @@ class CheckpointInfo:
         kind: in words.
         tensors: number of stored tensors.
         parts: part -> parameters.
-        dtypes: dtype -> parameters.
+        dtypes: dtype -> stored numbers.
         image_tokens: height and width in pixels, tokens.
+        quantization: method, if the weights are quantised.
         memory: precision -> bytes of the weights alone.
         chat_template: name of the template, `"its own"` or `None`.
         recipe: that it was trained with, if its card says.
@@ -95,6 +103,7 @@ class CheckpointInfo:
     parts: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     image_tokens: list[tuple[int, int, int]] = field(default_factory=list)
+    quantization: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
     chat_template: str | None = None
     recipe: str | None = None
@@ -111,7 +120,7 @@ class CheckpointInfo:
         rows = [
             ("kind", self.kind),
             ("parameters", f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
-            ("stored as", dtypes),
+            ("stored as", dtypes + (f", quantised by {self.quantization}" if self.quantization else "")),
             ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in self.memory.items())),
             ("images", ", ".join(f"{height}x{width}: {tokens} tokens" for height, width, tokens in self.image_tokens)),
             ("template", self.chat_template or "none"),
@@ -189,18 +198,25 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
             tensors |= read_header(content, file)
     default = "vision tower" if kind == "convnext" else "language model"
     parts, dtypes, quantized = Counter(), Counter(), 0
+    counts = count_parameters(tensors)
     for tensor, stored in tensors.items():
+        dtypes[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+        if tensor not in counts:
+            continue
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, tensor)), default)
         part = "projector" if "mm_projector" in tensor else part
-        count = math.prod(stored.shape)
+        count = counts[tensor]
         parts[part] += count
-        dtypes[str(stored.dtype).removeprefix("torch.")] += count
         if part == "language model" and len(stored.shape) == 2 and not NOT_QUANTIZED.search(tensor):
             quantized += count
     info.tensors, info.dtypes = len(tensors), dict(dtypes)
     info.parts = {part: parts[part] for part in PARTS if parts[part]}
     total = sum(parts.values())
     info.memory = {key: round(small * quantized + large * (total - quantized)) for key, (small, large) in BYTES.items()}
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        info.quantization = method
+        size = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
+        info.memory = {"the stored form": size, **info.memory}
     info.chat_template = _name_template(folder)
     card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     recipe = re.search(r"^\| recipe \| (.+?) \|$", card, re.MULTILINE)
@@ -254,6 +270,17 @@ def _list_weight_files(folder: Path, names: set[str]) -> list[str]:
     return files
 
 
+def count_parameters(tensors: dict[str, StoredTensor]) -> dict[str, int]:
+    """Weight -> number of parameters, without what bitsandbytes stores beside the weights that it has quantised."""
+    states = {name: match for name in tensors if (match := QUANTIZATION_STATE.search(name))}
+    packed = {f"{name[: match.start()]}.weight" for name, match in states.items() if match["four_bit"]}
+    return {
+        name: math.prod(stored.shape) * (2 if name in packed else 1)
+        for name, stored in tensors.items()
+        if name not in states
+    }
+
+
 def read_header(file: BinaryIO, name: str) -> dict[str, StoredTensor]:
     """Shapes and dtypes of the tensors of a weight file, from its first or last bytes.
 
@@ -271,8 +298,13 @@ def read_header(file: BinaryIO, name: str) -> dict[str, StoredTensor]:
         if name.endswith(".safetensors"):
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             entries = {key: value for key, value in header.items() if key != "__metadata__"}
+            for key, value in entries.items():
+                if value["dtype"] not in HEADER_DTYPES:
+                    raise ConversionError(
+                        f"it holds {key!r} as {value['dtype']}; expected one of {', '.join(HEADER_DTYPES)}."
+                    )
             return {
-                key: StoredTensor(tuple(value["shape"]), TORCH_DTYPES[value["dtype"]], name)
+                key: StoredTensor(tuple(value["shape"]), HEADER_DTYPES[value["dtype"]], name)
                 for key, value in entries.items()
             }
         with zipfile.ZipFile(file) as archive:
@@ -390,14 +422,19 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
 def _compare_shapes(reader: CheckpointReader, model_class: type, config: PreTrainedConfig) -> str | None:
     with torch.device("meta"):
         model = model_class(config)
-    stored = {name: tensor.shape for name, tensor in reader.tensors.items()}
+    counts = count_parameters(reader.tensors)
+    stored = {name: reader.tensors[name].shape for name in counts}
     expected, tied = list_shapes(model, config)
     if not set(stored) & set(expected):  # transformers' llava under the names of its modules
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     for what, names in (("missing", set(expected) - set(stored)), ("unknown", set(stored) - set(expected))):
         if names:
             return f"{len(names)} tensor(s) are {what}, the first is {min(names)}"
-    wrong = [name for name in stored if stored[name] != expected[name]]
+    wrong = []
+    for name, shape in stored.items():
+        is_packed = counts[name] != math.prod(shape)
+        if counts[name] != math.prod(expected[name]) if is_packed else shape != expected[name]:
+            wrong.append(name)
     if wrong:
         return f"{wrong[0]} has the shape {list(stored[wrong[0]])}; expected {list(expected[wrong[0]])}"
     return None

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convllava_hf.adapters import merge_adapter
 from convllava_hf.shipped_files import FOLDERS, find_file, list_files
+from convllava_hf.training import run_recipe
 
 
 pytestmark = pytest.mark.skipif(
@@ -57,23 +58,26 @@ def train_with_trl(file: Path, arguments: list[str]) -> None:
 
 
 def train_with_convllava(file: Path, arguments: list[str]) -> None:
-    from convllava_hf.training import run_recipe
-
     run_recipe(str(file), arguments)
 
 
-def get_changed_parts(before: Path, after: Path, tmp_path: Path) -> dict[str, set[bool]]:
-    """For each part of the model, whether its weights changed: {True}, {False}, or both."""
+def get_changes(before: Path, after: Path, tmp_path: Path) -> dict[str, bool]:
+    """For each tensor of the model, whether a bit of it changed."""
     if (after / "adapter_config.json").is_file():
         after = merge_adapter(after, tmp_path / "merged", base=str(before))
     old, new = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (before, after))
     assert set(old) == set(new)
+    return {name: not torch.equal(tensor, new[name]) for name, tensor in old.items()}
+
+
+def get_changed_parts(before: Path, after: Path, tmp_path: Path) -> dict[str, set[bool]]:
+    """For each part of the model, whether its weights changed: {True}, {False}, or both."""
     changed = {}
-    for name, tensor in old.items():
+    for name, is_changed in get_changes(before, after, tmp_path).items():
         part = re.search(r"multi_modal_projector|vision_tower|language_model|lm_head", name)[0]
         if match := re.search(r"vision_tower.*stages\.(\d)\.", name):
             part = f"stage {int(match[1]) + 1}"
-        changed.setdefault(part, set()).add(not torch.equal(tensor, new[name]))
+        changed.setdefault(part, set()).add(is_changed)
     return changed
 
 
@@ -113,9 +117,14 @@ def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
     if "lora" in name or "pretrain" in name:
         assert changed["lm_head"] == frozen
         assert all(stage in (None, frozen) for stage in stages)
-        # Adapters change the linear layers only, and a projector's training nothing else.
-        assert changed["language_model"] == (frozen if "pretrain" in name else {True, False})
         assert changed["vision_tower"] == frozen
+        if "pretrain" in name:
+            assert changed["language_model"] == frozen
+        else:
+            changes = get_changes(models[family], output, tmp_path / "again")
+            in_layers = {name: value for name, value in changes.items() if "language_model" in name}
+            # Adapters change the linear layers, and nothing else.
+            assert in_layers == {name: name.endswith("_proj.weight") for name in in_layers}
     elif "stage1" in name:
         assert changed["language_model"] == changed["lm_head"] == changed["vision_tower"] == frozen
         assert stages == [frozen] * 4 + [moved]
@@ -202,6 +211,43 @@ def test_stages_train_the_same_without_recomputing_activations(stage, models, da
         train_with_convllava(find_file("recipe", f"tiny_cpu_stage{stage}"), settings)
         changed.append(get_changed_parts(models["convllava"], output, tmp_path))
     assert changed[0] == changed[1]
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_train_with_adapters(stage, recompute, models, data, tmp_path, caplog):
+    """Exactly the adapted layers and the modules that are saved whole change; what PEFT leaves out is named."""
+    stages = {1: ["stages.4"], 2: ["stages.2", "stages.3", "stages.4"], 3: []}[stage]
+    settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
+    settings += ["--output_dir", str(tmp_path / "adapter"), *TINY, "--gradient_checkpointing", recompute]
+    settings += ["--use_peft", "true", "--lora_target_modules", r".*language_model.*\.(q|v|down)_proj"]
+    transformers.utils.logging.enable_propagation()
+    train_with_convllava(
+        find_file("recipe", f"tiny_cpu_stage{stage}"),
+        [*settings, "--lora_modules_to_save", "multi_modal_projector", *stages],
+    )
+    transformers.utils.logging.disable_propagation()
+    changes = get_changes(models["convllava"], tmp_path / "adapter", tmp_path)
+    whole = "|".join(re.escape(f".{name}.") for name in ["multi_modal_projector", *stages])
+    trained = rf"{whole}|language_model.*\.(q|v|down)_proj\.weight"
+    assert changes == {name: bool(re.search(trained, name)) for name in changes}
+    left_out = "use_peft leaves lm_head frozen, which the recipe trains"
+    assert (left_out in caplog.text) == (stage > 1)
+
+
+def test_adapters_of_a_finetuning_train_nothing_that_is_not_saved(models, data, tmp_path):
+    settings = ["--model_name_or_path", str(models["llava"]), "--dataset_name", str(data), *TINY]
+    settings += [
+        "--output_dir",
+        str(tmp_path),
+        "--use_peft",
+        "true",
+        "--lora_target_modules",
+        ".*language_model.*q_proj",
+    ]
+    trainer = run_recipe("llava_finetune", [*settings, "--lora_modules_to_save", "multi_modal_projector"])
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(re.search(r"multi_modal_projector.*modules_to_save|\.lora_[AB]\.", name) for name in trained)
 
 
 def test_adapters_load_as_those_of_any_model(models, data, tmp_path):

@@ -20,6 +20,7 @@ import transformers
 import trl
 from datasets import Dataset, Image, load_dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, ProgressCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -267,9 +268,14 @@ class ConvLlavaTrainer(SFTTrainer):
         if args.ddp_find_unused_parameters is None and "trainable" in model_kwargs:
             args.ddp_find_unused_parameters = False  # text-only batches run an idle vision pass
         super().__init__(args=args, **kwargs)
-        if args.optim_target_modules and not self.args.optim.startswith(("galore", "apollo")):
-            targets = args.optim_target_modules
-            set_trainable(self.model, [targets] if isinstance(targets, str) else targets)
+        targets = args.optim_target_modules
+        if not targets or self.args.optim.startswith(("galore", "apollo")):
+            targets = []
+        targets = [targets] if isinstance(targets, str) else targets
+        if isinstance(self.model, PeftModel):
+            self._report_what_peft_freezes([*model_kwargs.get("trainable", []), *targets])
+        elif targets:
+            set_trainable(self.model, targets)
         if args.image_size is not None:
             set_image_size(self.processing_class.image_processor, args.image_size)
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
@@ -282,6 +288,16 @@ class ConvLlavaTrainer(SFTTrainer):
         self.add_callback(FiniteGradientsCallback(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback())
+
+    def _report_what_peft_freezes(self, patterns: list[str]) -> None:
+        """PEFT trains its adapters and the modules it saves, whatever a recipe without it trains."""
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        frozen = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in trained)]
+        if frozen:
+            logger.warning(
+                f"use_peft leaves {', '.join(frozen)} frozen, which the recipe trains; name modules in "
+                "lora_modules_to_save to train them."
+            )
 
     def _fill_cache(self) -> VisionCache:
         """Computes the tower's features of all training images, as this run would."""

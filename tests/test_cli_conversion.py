@@ -1,4 +1,4 @@
-"""`convllava convert` and `convllava init`, and the examples that convert, as processes of their own."""
+"""`convllava convert` and `convllava init`, and, as processes of their own, a mistake and the examples that convert."""
 
 import json
 import subprocess
@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from typer.testing import CliRunner
+
+from convllava_hf.cli import app
 
 
 CONVLLAVA = Path(sys.executable).with_name("convllava")
@@ -16,6 +20,10 @@ def run(*command):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
 
 
+def call(*command):
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
 @pytest.fixture(scope="module")
 def llm(reference):
     return reference / "convllava" / "llm"
@@ -23,15 +31,15 @@ def llm(reference):
 
 def test_convert_reports_and_never_overwrites(llm, reference, tmp_path):
     output = tmp_path / "converted"
-    command = [CONVLLAVA, "convert", llm, "--vision-tower", reference / "convllava" / "vision", "--output", output]
-    result = run(*command)
-    assert result.returncode == 0, result.stderr
+    command = ["convert", llm, "--vision-tower", reference / "convllava" / "vision", "--output", output]
+    result = call(*command)
+    assert result.exit_code == 0, result.output
     assert "108 read" in result.stdout and "GB of memory at the peak" in result.stdout
     report = json.loads((output / "conversion_report.json").read_text())
     assert report["counts"]["read"] == 108 and len(report["sources"]) == 2
     before = (output / "config.json").stat().st_mtime_ns
-    again = run(*command)
-    assert again.returncode == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
+    again = call(*command)
+    assert again.exit_code == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
     assert (output / "config.json").stat().st_mtime_ns == before
 
 
@@ -56,16 +64,12 @@ def test_build_your_own(tmp_path):
 def test_init_joins_two_parts(llm, reference, tmp_path):
     # The converted tower and a language model that transformers knows, both made here.
     tower, text, output = tmp_path / "tower", tmp_path / "text", tmp_path / "model"
-    result = run(CONVLLAVA, "convert", reference / "convllava" / "vision", "--output", tower)
-    assert result.returncode == 0, result.stderr
-    code = (
-        "import sys; from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer; "
-        f"LlamaTokenizer.from_pretrained({str(llm)!r}, legacy=False).save_pretrained({str(text)!r}); "
-        "LlamaForCausalLM(LlamaConfig(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=1, "
-        f"num_attention_heads=2)).save_pretrained({str(text)!r})"
-    )
-    assert run(sys.executable, "-c", code).returncode == 0
+    result = call("convert", reference / "convllava" / "vision", "--output", tower)
+    assert result.exit_code == 0, result.output
+    LlamaTokenizer.from_pretrained(llm, legacy=False).save_pretrained(text)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).save_pretrained(text)
     arguments = ["--vision", tower, "--text", text, "--resolution", "256", "--output", output]
-    result = run(CONVLLAVA, "init", *arguments, "--projector-type", "mlp3x_gelu")
-    assert result.returncode == 0, result.stderr
+    result = call("init", *arguments, "--projector-type", "mlp3x_gelu")
+    assert result.exit_code == 0, result.output
     assert json.loads((output / "config.json").read_text())["projector_type"] == "mlp3x_gelu"

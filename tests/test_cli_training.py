@@ -1,7 +1,5 @@
 """The commands around training: what they print, and how they fail."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,11 +50,11 @@ def test_recipes_are_listed_found_and_shown():
     assert code == 2 and "no recipe 'nothing'; expected a YAML file or one of: convllava_stage1" in text
 
 
-def test_train_says_in_one_line_what_is_wrong(tmp_path):
+def test_train_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("learning_rate: 1.0e-3\noutput_dir: out\n")
-    command = [str(Path(sys.executable).parent / "convllava"), "train", str(tmp_path / "mine.yaml")]
-    done = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: no model to train: pass")
+    monkeypatch.chdir(tmp_path)
+    code, text = run("train", tmp_path / "mine.yaml", "--bf16", "false")
+    assert code == 2 and text.strip().splitlines()[-1].startswith("error: no model to train: pass")
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
 
 

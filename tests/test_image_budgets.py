@@ -28,7 +28,7 @@ def test_size_is_set(ratio):
 
 
 def test_size_is_the_budget_of_native_images():
-    image_processor = ConvLlavaImageProcessor(image_aspect_ratio="native", max_image_tokens=576)
+    image_processor = ConvLlavaImageProcessor(image_aspect_ratio="native", min_image_tokens=16, max_image_tokens=576)
     set_image_size(image_processor, 128)
     assert image_processor.num_image_tokens(1000, 1000) == 4
 

@@ -29,6 +29,7 @@ LAYERS = (
         "mixture_files",
         "data_page",
         "image_budgets",
+        "image_columns",
         "image_loading",
         "template_files",
         "vocabulary",
@@ -66,6 +67,7 @@ SIDEWAYS = {
     ("checkpoint_checks", "hub"),
     ("data", "llava_rows"),
     ("data_page", "llava_rows"),
+    ("sampling", "image_columns"),
     ("mixture_files", "data"),
     ("mixture_files", "shipped_files"),
 }

@@ -216,23 +216,36 @@ def test_stages_train_the_same_without_recomputing_activations(stage, models, da
 @pytest.mark.parametrize("recompute", ["true", "false"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_train_with_adapters(stage, recompute, models, data, tmp_path, caplog):
-    """Exactly the adapted layers and the modules that are saved whole change; what PEFT leaves out is named."""
-    stages = {1: ["stages.4"], 2: ["stages.2", "stages.3", "stages.4"], 3: []}[stage]
+    """Exactly the adapted layers and the modules that are saved whole change; what PEFT leaves out is counted."""
+    saved = {1: ["stages.4"], 2: ["stages.2", "stages.4"], 3: ["lm_head"]}[stage]
     settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data)]
     settings += ["--output_dir", str(tmp_path / "adapter"), *TINY, "--gradient_checkpointing", recompute]
     settings += ["--use_peft", "true", "--lora_target_modules", r".*language_model.*\.(q|v|down)_proj"]
     transformers.utils.logging.enable_propagation()
     train_with_convllava(
         find_file("recipe", f"tiny_cpu_stage{stage}"),
-        [*settings, "--lora_modules_to_save", "multi_modal_projector", *stages],
+        [*settings, "--lora_modules_to_save", "multi_modal_projector", *saved],
     )
     transformers.utils.logging.disable_propagation()
     changes = get_changes(models["convllava"], tmp_path / "adapter", tmp_path)
-    whole = "|".join(re.escape(f".{name}.") for name in ["multi_modal_projector", *stages])
+    whole = "|".join(rf"\b{re.escape(name)}\." for name in ["multi_modal_projector", *saved])
     trained = rf"{whole}|language_model.*\.(q|v|down)_proj\.weight"
     assert changes == {name: bool(re.search(trained, name)) for name in changes}
-    left_out = "use_peft leaves lm_head frozen, which the recipe trains"
-    assert (left_out in caplog.text) == (stage > 1)
+    left_out = re.findall(r"(\d+) of ([\w.]*\w)", caplog.text)
+    inside = sum("language_model" in name and not value for name, value in changes.items())
+    in_stage = sum("stages.3." in name for name in changes)
+    assert (
+        dict(reversed(pair) for pair in left_out)
+        == {
+            1: {},
+            2: {"lm_head": "1", "language_model": str(inside), "vision_tower.encoder.stages.3": str(in_stage)},
+            3: {"language_model": str(inside)},
+        }[stage]
+    )
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert (
+        "| trained parameters | LORA adapters of " in card and f", multi_modal_projector, {', '.join(saved)} |" in card
+    )
 
 
 def test_adapters_of_a_finetuning_train_nothing_that_is_not_saved(models, data, tmp_path):

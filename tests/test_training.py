@@ -27,7 +27,7 @@ if Version(transformers.__version__) < Version("5.18"):
 
 from trl import SFTTrainer
 
-from convllava_hf.sampling import undecode_images
+from convllava_hf.image_columns import undecode_images
 from convllava_hf.training import (
     ConvLlavaCollator,
     ConvLlavaTrainer,
@@ -57,7 +57,7 @@ def data(tmp_path_factory) -> Path:
 def make_trainer(checkpoint, tmp_path):
     """Builds a trainer on the tiny checkpoint; keyword arguments are those of the arguments."""
 
-    def make(rows=None, trainer_class=ConvLlavaTrainer, **kwargs):
+    def make(rows=None, trainer_class=ConvLlavaTrainer, eval_dataset=None, **kwargs):
         settings = {
             "output_dir": str(tmp_path / "output"),
             "per_device_train_batch_size": 4,
@@ -76,6 +76,7 @@ def make_trainer(checkpoint, tmp_path):
             model=model,
             processing_class=AutoProcessor.from_pretrained(checkpoint),
             train_dataset=make_rows(24) if rows is None else rows,
+            eval_dataset=eval_dataset,
             args=ConvLlavaTrainingArguments(**{**settings, **kwargs}),
         )
 
@@ -301,15 +302,29 @@ def test_column_of_single_images_trains_as_lists_do(make_trainer, tmp_path, cach
 
 @pytest.mark.parametrize("column", ["images", "image"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_broken_image_is_named(make_trainer, tmp_path, cached, column):
+@pytest.mark.parametrize("broken", ["cut", "garbage", "empty", "gone"])
+def test_broken_image_is_named(make_trainer, tmp_path, cached, column, broken):
     rows = make_rows(4).to_list()
-    rows[2]["images"] = [{"bytes": rows[2]["images"][0]["bytes"][:60], "path": None}]
+    content = {"cut": rows[2]["images"][0]["bytes"][:60], "garbage": b"garbage", "empty": b"", "gone": None}[broken]
+    rows[2]["images"] = [{"bytes": content, "path": str(tmp_path / "gone.png") if broken == "gone" else None}]
     dataset = make_rows(4)
     dataset = dataset.from_list(rows, features=dataset.features)
     dataset = use_single_images(dataset) if column == "image" else dataset
     settings = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "cache")} if cached else {}
-    with pytest.raises(ValueError, match=r"cannot read image 0 of row 2" if cached else "of the row that begins"):
+    message = "cannot read image 0 of row 2: " if cached else "cannot read an image of the row that begins .*: "
+    message += {"cut": "", "garbage": "cannot identify", "empty": "it has neither", "gone": ".*gone.png"}[broken]
+    with pytest.raises(ValueError, match=message):
         make_trainer(dataset, **settings).train()
+
+
+def test_broken_image_of_the_evaluation_is_named(make_trainer):
+    dataset = use_single_images(make_rows(4))
+    rows = undecode_images(dataset).to_list()
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:60]
+    broken = Dataset.from_list(rows, features=dataset.features)
+    trainer = make_trainer(dataset, eval_dataset=broken)
+    with pytest.raises(ValueError, match="cannot read an image of the row that begins"):
+        trainer.evaluate()
 
 
 def test_gradient_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):

@@ -51,6 +51,7 @@ def set_image_size(image_processor, side: int) -> None:
     image_processor.size = type(image_processor.size)(height=side, width=side)
     if image_processor.image_aspect_ratio == "native":
         image_processor.max_image_tokens = None
+        image_processor.min_image_tokens = min(image_processor.min_image_tokens, (side // factor) ** 2)
 
 
 def _check_that_sizes_vary(image_processor, setting: str):

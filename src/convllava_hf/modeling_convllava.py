@@ -139,7 +139,13 @@ def set_trainable(model: nn.Module, patterns: list[str]) -> None:
     Raises:
         ValueError: a pattern that matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
+    found = find_names([name for name, _ in model.named_parameters()], patterns)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in found)
+
+
+def find_names(names: list[str], patterns: list[str]) -> set[str]:
+    """Names of parameters that match any of the patterns, see `set_trainable`."""
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             parts = sorted({".".join(name.split(".")[:2]) for name in names})
@@ -147,8 +153,7 @@ def set_trainable(model: nn.Module, patterns: list[str]) -> None:
                 f"trainable pattern {pattern!r} matches no parameter; expected regular expressions that occur in "
                 f"parameter names, which begin with {', '.join(parts)}."
             )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 class ConvLlavaPreTrainedModel(PreTrainedModel):

@@ -6,14 +6,13 @@ Source of the idea: haotian-liu/LLaVA, `llava/train/llava_trainer.py` (`group_by
 drawn from a group as large as itself; here from `POOL` of them, as transformers' `LengthGroupedSampler` does.
 """
 
-import io
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
-from datasets import Dataset, Image, IterableDataset, List
-from PIL import Image as PILImage
+from datasets import Dataset
 from torch.utils.data import Sampler
+
+from .image_columns import list_images, read_size, undecode_images
 
 
 POOL = 50  # global batches that are sorted by length together: more pads less and shuffles less
@@ -110,27 +109,11 @@ def measure_lengths(
     return list(measured["length"]), list(measured["has_images"])
 
 
-def undecode_images(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows with images as `{"bytes", "path"}`: to read headers, take hashes, or name the row that fails."""
-    columns = dataset.column_names or []
-    if "images" in columns:
-        return dataset.cast_column("images", List(Image(decode=False)))
-    return dataset.cast_column("image", Image(decode=False)) if "image" in columns else dataset
-
-
-def list_images(row: dict) -> list:
-    """The images of a row, which are in its `images`, or the one in its `image`; empty where it has none."""
-    images = row.get("images") or [row.get("image")]
-    return [image for image in images if image is not None]
-
-
 def _count_image_tokens(image: dict, count_tokens) -> int:
     """Tokens of an undecoded image of `datasets`, from its header; the default where it cannot be read."""
     if count_tokens is None:
         return DEFAULT_IMAGE_TOKENS
     try:
-        with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])) as opened:
-            width, height = opened.size
-        return count_tokens(height, width)
-    except (OSError, ValueError):  # the collator names the row when it comes to it
+        return count_tokens(*read_size(image))
+    except ValueError:  # the collator names the row when it comes to it
         return DEFAULT_IMAGE_TOKENS

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,9 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, ProgressCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -40,15 +43,19 @@ from trl import (
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .image_budgets import set_image_size
-from .modeling_convllava import PADDED_ID_SCORE, set_trainable
+from .image_columns import COLUMNS, decode_image, list_images, undecode_images
+from .modeling_convllava import PADDED_ID_SCORE, find_names, set_trainable
 from .plans import PARTS
-from .sampling import ModalityLengthSampler, list_images, measure_lengths, undecode_images
+from .sampling import ModalityLengthSampler, measure_lengths
 from .shipped_files import find_file
 from .template_files import build_chat_template, list_chat_templates
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
 
 logger = logging.get_logger(__name__)
+# Modules of PEFT that train something in the place of the module inside them, and what they add to names.
+PEFT_WRAPPERS = (BaseTunerLayer, ModulesToSaveWrapper)
+PEFT_NAME_PARTS = r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)"
 
 CURVES = "training_curves.png"
 # The chat template for captions alone: nothing to chat with, so what is trained with it keeps its own.
@@ -143,16 +150,14 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare_images(self, example: dict) -> dict:
         """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
-        if not {"images", "image"} & example.keys():
+        if not set(COLUMNS) & example.keys():
             return example
-        images = []
-        for image in list_images(example):
-            try:
-                decode = make_stand_in if self.is_cached else Image().decode_example
-                images.append(decode(image) if isinstance(image, dict) else image)
-            except OSError as error:
-                raise ValueError(f"cannot read an image of {describe_row(example)}: {error}") from error
-        return {**{key: value for key, value in example.items() if key != "image"}, "images": images}
+        decode = make_stand_in if self.is_cached else decode_image
+        try:
+            images = [decode(image) for image in list_images(example)]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read an image of {describe_row(example)}: {error}") from error
+        return {**{key: value for key, value in example.items() if key not in COLUMNS}, "images": images}
 
     def _cut(self, batch: dict, examples: list[dict]) -> None:
         """Cuts the batch to `max_tokens` columns; padding is on the right."""
@@ -273,7 +278,7 @@ class ConvLlavaTrainer(SFTTrainer):
             targets = []
         targets = [targets] if isinstance(targets, str) else targets
         if isinstance(self.model, PeftModel):
-            self._report_what_peft_freezes([*model_kwargs.get("trainable", []), *targets])
+            self._report_what_peft_freezes([*(model_kwargs.get("trainable") or []), *targets])
         elif targets:
             set_trainable(self.model, targets)
         if args.image_size is not None:
@@ -282,6 +287,10 @@ class ConvLlavaTrainer(SFTTrainer):
             # The collator decodes images: an image that cannot be read is named with its row.
             if self.train_dataset is not None:
                 self.train_dataset = undecode_images(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: undecode_images(dataset) for name, dataset in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = undecode_images(self.eval_dataset)
             self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
         self._silence_padded_ids()
         self.add_callback(CurvesCallback())
@@ -290,13 +299,23 @@ class ConvLlavaTrainer(SFTTrainer):
             self.add_callback(LossBarCallback())
 
     def _report_what_peft_freezes(self, patterns: list[str]) -> None:
-        """PEFT trains its adapters and the modules it saves, whatever a recipe without it trains."""
-        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        frozen = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in trained)]
+        """PEFT trains its adapters and the modules it saves, whatever a recipe trains without it.
+
+        Raises:
+            ValueError: a pattern that matches no parameter.
+        """
+        model = self.model.get_base_model()
+        wrapped = [name for name, module in model.named_modules() if isinstance(module, PEFT_WRAPPERS)]
+        names = {re.sub(PEFT_NAME_PARTS, "", name): name for name, _ in model.named_parameters()}
+        frozen = Counter()
+        for name in sorted(find_names(list(names), patterns)):
+            if not names[name].startswith(tuple(f"{module}." for module in wrapped)):
+                part = re.match(r".*?\.stages\.\d+|(model\.)?[^.]+", name)[0]
+                frozen[part.removeprefix("model.")] += 1
         if frozen:
             logger.warning(
-                f"use_peft leaves {', '.join(frozen)} frozen, which the recipe trains; name modules in "
-                "lora_modules_to_save to train them."
+                "use_peft trains nothing but its adapters and lora_modules_to_save. Of what the recipe trains without "
+                f"it, these tensors stay frozen: {', '.join(f'{count} of {part}' for part, count in frozen.items())}."
             )
 
     def _fill_cache(self) -> VisionCache:
@@ -304,7 +323,7 @@ class ConvLlavaTrainer(SFTTrainer):
         if not isinstance(self.train_dataset, Dataset) or self.eval_dataset is not None:
             raise ValueError("vision_cache needs data that is no stream, and eval_strategy='no'.")
         columns = self.train_dataset.column_names
-        if not {"images", "image"} & set(columns):
+        if not set(COLUMNS) & set(columns):
             raise ValueError(f"vision_cache needs a column 'images' or 'image'; got {', '.join(columns)}.")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         model = self.accelerator.unwrap_model(self.model)
@@ -359,6 +378,8 @@ class ConvLlavaTrainer(SFTTrainer):
         That layer reads weight and bias and does not call the model's own forward, which does this.
         """
         head, padding = self.model.get_output_embeddings(), getattr(self.model.config, "vocab_padding", 0)
+        if isinstance(head, ModulesToSaveWrapper):
+            head = head.modules_to_save[head.active_adapters[0]]
         # ZeRO-3 gathers weight and bias by what DeepSpeed knows of them, which a buffer lacks.
         if padding and head.bias is None and not is_deepspeed_zero3_enabled():
             device = "cpu" if head.weight.is_meta else head.weight.device
@@ -467,7 +488,8 @@ class ConvLlavaTrainer(SFTTrainer):
         if self.is_world_process_zero() and file.exists():
             card = ModelCard.load(file)
             card.data.pipeline_tag = "image-text-to-text"
-            card.text += describe_training(self.args, self.recipe, self.data)
+            adapters = getattr(self.model, "peft_config", None) if isinstance(self.model, PeftModel) else None
+            card.text += describe_training(self.args, self.recipe, self.data, adapters and adapters["default"])
             card.save(file)
 
 
@@ -476,10 +498,18 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def describe_training(args: ConvLlavaTrainingArguments, recipe: str | None, data: str | None) -> str:
+def describe_training(
+    args: ConvLlavaTrainingArguments, recipe: str | None, data: str | None, adapter: PeftConfig | None = None
+) -> str:
     """The section of a model card that says how the model was trained."""
     rows = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     trained = (args.model_init_kwargs or {}).get("trainable") or args.optim_target_modules or []
+    trained = [trained] if isinstance(trained, str) else trained
+    if adapter is not None:
+        layers = adapter.target_modules
+        layers = layers if isinstance(layers, str) else ", ".join(sorted(layers))
+        whole = getattr(adapter, "modules_to_save", None) or []
+        trained = [f"{adapter.peft_type.value} adapters of {layers}", *whole]
     settings = {
         "recipe": recipe,
         "data": data,
@@ -567,6 +597,8 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         resume = find_last_checkpoint(args.output_dir)
         logger.warning(f"resuming from {resume}." if resume else f"nothing to resume in {args.output_dir}: starting.")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    # TRL writes the card with its checkpoints, which may be off; PEFT adds to it when it saves.
+    trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=script.dataset_name)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

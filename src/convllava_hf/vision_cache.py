@@ -9,22 +9,22 @@ Notation: `N` tokens of an image, `C` width of the tower's last map.
 
 import copy
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 
-from .sampling import list_images
+from .image_columns import COLUMNS, decode_image, list_images, read_size
 
 
 KEY = "vision_cache_key"  # where a stand-in image says which features are its own
@@ -75,7 +75,7 @@ class VisionCache:
         """Computes what is missing.
 
         Args:
-            dataset: with a column `images` of undecoded images.
+            dataset: with undecoded images, see `image_columns`.
             rank, world_size: this process computes its share.
             show_progress: a progress bar.
 
@@ -84,18 +84,18 @@ class VisionCache:
 
         Raises:
             OSError: the disk is too small, which is said before anything is computed.
+            ValueError: an image that cannot be read.
         """
         missing, stored, places = {}, set(), {}
         for row, index, image in tqdm(iterate_images(dataset), desc="Hashing images", disable=not show_progress):
-            key = hash_image(image)
-            if key in missing or key in stored:
-                continue
-            if self.get_path(key).exists():
-                stored.add(key)
-                continue
-            with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-                width, height = opened.size
-            missing[key], places[key] = (height, width), (row, index)
+            with name_image(row, index):
+                key = hash_image(image)
+                if key in missing or key in stored:
+                    continue
+                if self.get_path(key).exists():
+                    stored.add(key)
+                    continue
+                missing[key], places[key] = read_size(image), (row, index)
         needed = self.estimate_bytes(missing)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -105,10 +105,8 @@ class VisionCache:
             raise OSError(f"{text} Only {free / 1e9:.3f} GB are free there: name another folder, or use no cache.")
         for key in tqdm(sorted(missing)[rank::world_size], desc="Caching features", disable=not show_progress):
             row, index = places[key]
-            try:
-                image = Image().decode_example(list_images(dataset[row])[index]).convert("RGB")
-            except OSError as error:
-                raise ValueError(f"cannot read image {index} of row {row}: {error}") from error
+            with name_image(row, index):
+                image = decode_image(list_images(dataset[row])[index]).convert("RGB")
             self.store(key, image)
         return text
 
@@ -153,6 +151,15 @@ class CachedImageProcessor:
         return BatchFeature({"vision_features": torch.cat(features), "image_sizes": torch.tensor(sizes)})
 
 
+@contextmanager
+def name_image(row: int, index: int) -> Iterator[None]:
+    """Says in an error which image cannot be read."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot read image {index} of row {row}: {error}") from error
+
+
 def make_stand_in(image: dict) -> PILImage.Image:
     """A picture of one pixel that says which features it stands for."""
     picture = PILImage.new("RGB", (1, 1))
@@ -162,12 +169,20 @@ def make_stand_in(image: dict) -> PILImage.Image:
 
 def iterate_images(dataset: Dataset) -> Iterator[tuple[int, int, dict]]:
     """Row, place in the row, and undecoded image, for every image."""
-    columns = [name for name in ("images", "image") if name in dataset.column_names]
+    columns = [name for name in COLUMNS if name in dataset.column_names]
     for row, images in enumerate(dataset.select_columns(columns)):
         for index, image in enumerate(list_images(images)):
             yield row, index, image
 
 
 def hash_image(image: dict) -> str:
-    """SHA-256 of an image file's bytes."""
+    """SHA-256 of an image file's bytes.
+
+    Raises:
+        ValueError: a decoded image, or one that is nowhere.
+        OSError: no such file.
+    """
+    if not isinstance(image, dict) or not (image["bytes"] or image["path"]):
+        found = "neither bytes nor a path" if isinstance(image, dict) else "a mode to be converted to, in its column"
+        raise ValueError(f"it has {found}; features are kept by the hash of the file")
     return hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from convllava_hf.checkpoint_checks import check_checkpoint, describe_checkpoint
@@ -19,7 +20,6 @@ from convllava_hf.checkpoint_io import CheckpointReader
 from convllava_hf.cli import app
 from convllava_hf.conversion import convert_checkpoint
 from convllava_hf.hub import HubError
-from convllava_hf.inference import load
 from convllava_hf.weight_maps import ConversionError
 
 
@@ -100,17 +100,30 @@ def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatc
     assert offline == here
 
 
-@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_quantised_checkpoints(quantize, tiny, tmp_path):
+def quantise(tiny, folder, **settings):
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"])
+    AutoModelForImageTextToText.from_pretrained(tiny, quantization_config=config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(tiny).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},  # as FSDP needs it
+    ],
+)
+def test_quantised_checkpoints(settings, tiny, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the extra 'quantization'")
-    model, processor = load(tiny, quantize=quantize)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    quantise(tiny, tmp_path, **settings)
     info, full = describe_checkpoint(tmp_path), describe_checkpoint(tiny)
-    assert info.quantization == "bitsandbytes" and info.parts == full.parts
-    stored = (tmp_path / "model.safetensors").stat().st_size
-    assert 0 < stored - info.memory.pop("the stored form") < 2**15 and info.memory == full.memory
-    assert "quantised by bitsandbytes" in info.summary() and full.quantization is None
+    assert info.quantization == "bitsandbytes" and full.quantization is None
+    assert (info.parts, info.memory) == (full.parts, full.memory)
+    assert 0 < (tmp_path / "model.safetensors").stat().st_size - info.stored_bytes < 2**15
+    assert info.stored_bytes < full.stored_bytes == full.memory["float32"]
+    assert "quantised by bitsandbytes" in info.summary()
     assert not [check for check in check_checkpoint(tmp_path) if check.problem]
 
     tensors = load_file(tmp_path / "model.safetensors")
@@ -119,13 +132,30 @@ def test_quantised_checkpoints(quantize, tiny, tmp_path):
     assert name in str([check.problem for check in check_checkpoint(tmp_path)])
 
 
-def test_eight_bit_floats_have_a_header(tiny, tmp_path):
-    tensors = load_file(tiny / "model.safetensors")
+def test_old_quantised_checkpoints_name_no_method(tiny, copy):
+    change_config(copy, quantization_config={"load_in_8bit": True})
+    assert describe_checkpoint(copy).quantization == "bitsandbytes"
+
+
+def test_other_quantisations_are_told_and_not_guessed_at(copy):
+    change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    info = describe_checkpoint(copy)
+    assert info.quantization == "gptq" and not info.memory and "numbers" in info.summary()
+    with pytest.raises(ConversionError, match="is quantised by gptq; expected whole weights, or bitsandbytes"):
+        check_checkpoint(copy)
+
+
+def test_eight_bit_floats_are_read(tiny, copy):
+    tensors = load_file(copy / "model.safetensors")
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    shutil.copy(tiny / "config.json", tmp_path)
-    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    info = describe_checkpoint(tmp_path)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    info = describe_checkpoint(copy)
     assert info.dtypes["float8_e4m3fn"] == tensors[name].numel() and info.parts == describe_checkpoint(tiny).parts
+    assert not [check for check in check_checkpoint(copy) if check.problem]
+    tensors[name].view(torch.uint8)[0, 0] = 0x7F  # not a number
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert f"the first is {name}" in str([check.problem for check in check_checkpoint(copy)])
 
 
 def test_info_never_runs_a_pickle(tmp_path, reference):

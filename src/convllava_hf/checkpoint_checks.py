@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +70,7 @@ QUANTIZATION_STATE = re.compile(
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|(?P<four_bit>quant_state\.bitsandbytes__\w+))$"
     r"|\.(SCB|weight_format)$"
 )
+BITSANDBYTES = "bitsandbytes"
 # Bytes per weight. bitsandbytes quantises the linear layers of the language model; nf4 has a float32 for every 64.
 BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "8-bit": (1, 2), "4-bit": (0.5 + 4 / 64, 2)}
 NOT_QUANTIZED = re.compile(r"embed|wte|lm_head|norm")
@@ -89,7 +90,9 @@ class CheckpointInfo:
         parts: part -> parameters.
         dtypes: dtype -> stored numbers.
         image_tokens: height and width in pixels, tokens.
-        quantization: method, if the weights are quantised.
+        quantization: method, if the weights are quantised. By another one than bitsandbytes, `parts` has numbers as
+            they are stored, which may be several weights each.
+        stored_bytes: of the weights as they are.
         memory: precision -> bytes of the weights alone.
         chat_template: name of the template, `"its own"` or `None`.
         recipe: that it was trained with, if its card says.
@@ -104,6 +107,7 @@ class CheckpointInfo:
     dtypes: dict[str, int] = field(default_factory=dict)
     image_tokens: list[tuple[int, int, int]] = field(default_factory=list)
     quantization: str | None = None
+    stored_bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     chat_template: str | None = None
     recipe: str | None = None
@@ -116,11 +120,14 @@ class CheckpointInfo:
     def summary(self) -> str:
         """A few lines for people."""
         parts = ", ".join(f"{part} {count:,}" for part, count in self.parts.items())
-        dtypes = ", ".join(f"{dtype}" for dtype in self.dtypes)
+        dtypes = f"{', '.join(self.dtypes)}, {format_size(self.stored_bytes)}"
+        if self.quantization:
+            dtypes += f", quantised by {self.quantization}"
+        what = "parameters" if self.memory else "numbers"
         rows = [
             ("kind", self.kind),
-            ("parameters", f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
-            ("stored as", dtypes + (f", quantised by {self.quantization}" if self.quantization else "")),
+            (what, f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
+            ("stored as", dtypes),
             ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in self.memory.items())),
             ("images", ", ".join(f"{height}x{width}: {tokens} tokens" for height, width, tokens in self.image_tokens)),
             ("template", self.chat_template or "none"),
@@ -198,6 +205,7 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
             tensors |= read_header(content, file)
     default = "vision tower" if kind == "convnext" else "language model"
     parts, dtypes, quantized = Counter(), Counter(), 0
+    info.quantization = find_quantization(config)
     counts = count_parameters(tensors)
     for tensor, stored in tensors.items():
         dtypes[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
@@ -212,11 +220,11 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
     info.tensors, info.dtypes = len(tensors), dict(dtypes)
     info.parts = {part: parts[part] for part in PARTS if parts[part]}
     total = sum(parts.values())
-    info.memory = {key: round(small * quantized + large * (total - quantized)) for key, (small, large) in BYTES.items()}
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        info.quantization = method
-        size = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
-        info.memory = {"the stored form": size, **info.memory}
+    info.stored_bytes = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
+    if info.quantization in (None, BITSANDBYTES):  # how others count is not known here
+        info.memory = {
+            key: round(small * quantized + large * (total - quantized)) for key, (small, large) in BYTES.items()
+        }
     info.chat_template = _name_template(folder)
     card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     recipe = re.search(r"^\| recipe \| (.+?) \|$", card, re.MULTILINE)
@@ -270,14 +278,25 @@ def _list_weight_files(folder: Path, names: set[str]) -> list[str]:
     return files
 
 
+def find_quantization(config: dict) -> str | None:
+    """The method that the weights of a checkpoint are quantised by, from its `config.json`."""
+    settings = config.get("quantization_config")
+    return (settings.get("quant_method") or BITSANDBYTES) if settings else None  # older files of bitsandbytes lack it
+
+
+def find_packed(tensors: Iterable[str]) -> set[str]:
+    """The weights that bitsandbytes holds in four bits each, whatever their dtype says."""
+    states = [match for name in tensors if (match := QUANTIZATION_STATE.search(name)) and match["four_bit"]]
+    return {f"{match.string[: match.start()]}.weight" for match in states}
+
+
 def count_parameters(tensors: dict[str, StoredTensor]) -> dict[str, int]:
     """Weight -> number of parameters, without what bitsandbytes stores beside the weights that it has quantised."""
-    states = {name: match for name in tensors if (match := QUANTIZATION_STATE.search(name))}
-    packed = {f"{name[: match.start()]}.weight" for name, match in states.items() if match["four_bit"]}
+    packed = find_packed(tensors)
     return {
-        name: math.prod(stored.shape) * (2 if name in packed else 1)
+        name: math.prod(stored.shape) * (2 * stored.dtype.itemsize if name in packed else 1)
         for name, stored in tensors.items()
-        if name not in states
+        if not QUANTIZATION_STATE.search(name)
     }
 
 
@@ -358,7 +377,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         The checks in order, those that found something wrong included.
 
     Raises:
-        ConversionError: the folder has no configuration, or one of another kind of model.
+        ConversionError: the folder has no configuration, or one of another kind of model or of quantisation.
     """
     folder = Path(os.path.expanduser(folder))
     settings = read_json(folder / "config.json")
@@ -368,6 +387,11 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     if kind not in MODEL_CLASSES:
         raise ConversionError(
             f"{folder} holds a model of type {kind!r}; expected one of {', '.join(MODEL_CLASSES)}. Pass another."
+        )
+    if (method := find_quantization(settings)) not in (None, BITSANDBYTES):
+        raise ConversionError(
+            f"{folder} is quantised by {method}; expected whole weights, or {BITSANDBYTES}. Check the checkpoint that "
+            "it was made of."
         )
     config_class, model_class, processor_class = MODEL_CLASSES[kind]
     checks: list[Check] = []
@@ -384,7 +408,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     with check("configuration is read"):
         config = config_class.from_pretrained(folder)
     with check("weight files are whole") as found:
-        reader = CheckpointReader(folder)
+        reader = CheckpointReader(folder, HEADER_DTYPES)
         if (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
             found.problem = (
                 "there are two sets of weights, model.safetensors, which is loaded, and the shards of "
@@ -430,10 +454,14 @@ def _compare_shapes(reader: CheckpointReader, model_class: type, config: PreTrai
     for what, names in (("missing", set(expected) - set(stored)), ("unknown", set(stored) - set(expected))):
         if names:
             return f"{len(names)} tensor(s) are {what}, the first is {min(names)}"
-    wrong = []
+    packed, wrong = find_packed(reader.tensors), []
     for name, shape in stored.items():
-        is_packed = counts[name] != math.prod(shape)
-        if counts[name] != math.prod(expected[name]) if is_packed else shape != expected[name]:
+        if name in packed:  # whole bytes, and whole numbers of the dtype that they are stored as
+            rest = counts[name] - math.prod(expected[name])
+            is_right = 0 <= rest < 2 * reader.tensors[name].dtype.itemsize
+        else:
+            is_right = shape == expected[name]
+        if not is_right:
             wrong.append(name)
     if wrong:
         return f"{wrong[0]} has the shape {list(stored[wrong[0]])}; expected {list(expected[wrong[0]])}"
@@ -441,11 +469,12 @@ def _compare_shapes(reader: CheckpointReader, model_class: type, config: PreTrai
 
 
 def _find_infinite(reader: CheckpointReader) -> str | None:
-    wrong = []
+    packed, wrong = find_packed(reader.tensors), []
     for name, stored in reader.tensors.items():
-        if stored.dtype.is_floating_point:
+        if stored.dtype.is_floating_point and name not in packed:
             tensor = reader.read(name).reshape(-1)
-            if not all(block.isfinite().all() for block in tensor.split(2**24)):
+            blocks = tensor.split(2**24)
+            if not all((block if block.itemsize > 1 else block.float()).isfinite().all() for block in blocks):
                 wrong.append(name)
     reader.close()
     return f"{len(wrong)} tensor(s) hold values that are not finite, the first is {wrong[0]}" if wrong else None

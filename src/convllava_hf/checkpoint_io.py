@@ -136,6 +136,7 @@ class CheckpointReader:
 
     Args:
         folder (`Path`): the checkpoint.
+        dtypes (`dict[str, torch.dtype]`): those that safetensors may have, by the names that they have there.
 
     Attributes:
         tensors (`dict[str, StoredTensor]`): every tensor by name, in the order of the files.
@@ -146,8 +147,9 @@ class CheckpointReader:
             or that does not hold what the index lists.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtypes: dict[str, torch.dtype] = TORCH_DTYPES):
         self.files, index = find_weight_files(folder)
+        self._dtypes = dtypes
         self._open_files = {}
         self._bytes_mapped = 0
         self.tensors = {}
@@ -182,12 +184,12 @@ class CheckpointReader:
             return
         for name in content.keys():
             view = content.get_slice(name)
-            if view.get_dtype() not in TORCH_DTYPES:
+            if view.get_dtype() not in self._dtypes:
                 raise ConversionError(
-                    f"{path} holds {name!r} as {view.get_dtype()}; expected one of {', '.join(TORCH_DTYPES)}. Use a "
+                    f"{path} holds {name!r} as {view.get_dtype()}; expected one of {', '.join(self._dtypes)}. Use a "
                     "checkpoint that is not quantised."
                 )
-            yield name, StoredTensor(tuple(view.get_shape()), TORCH_DTYPES[view.get_dtype()], path.name)
+            yield name, StoredTensor(tuple(view.get_shape()), self._dtypes[view.get_dtype()], path.name)
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor. It may be a view of the file: use it and let it go before reading many others."""

@@ -137,6 +137,8 @@ def test_tokens_are_counted_at_the_size_of_the_training(files, checkpoint, tmp_p
     build = ["build", "--llava-json", files / "one.json", "--image-root", files, "-o"]
     code, text = run(*build, tmp_path / "long", *options)
     assert code == 2 and "row too long" in text and "1 images included; at most 500" in text
+    code, text = run(*build, tmp_path / "long", *options[:4], "--image-size", 128)
+    assert code == 2 and "unfinished build of other files or settings" in text
     assert run(*build, output)[0] == 0
     assert run("check", output, *options[:4])[0] == 0
     code, text = run("check", output, *options)

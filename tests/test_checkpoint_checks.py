@@ -20,6 +20,7 @@ from convllava_hf.checkpoint_io import CheckpointReader
 from convllava_hf.cli import app
 from convllava_hf.conversion import convert_checkpoint
 from convllava_hf.hub import HubError
+from convllava_hf.inference import UNQUANTIZED_MODULES
 from convllava_hf.weight_maps import ConversionError
 
 
@@ -101,7 +102,11 @@ def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatc
 
 
 def quantise(tiny, folder, **settings):
-    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"])
+    config = BitsAndBytesConfig(
+        **settings,
+        bnb_4bit_quant_type="nf4",  # bitsandbytes' oldest supported version has no other on a CPU
+        llm_int8_skip_modules=UNQUANTIZED_MODULES,
+    )
     AutoModelForImageTextToText.from_pretrained(tiny, quantization_config=config).save_pretrained(folder)
     AutoProcessor.from_pretrained(tiny).save_pretrained(folder)
 

@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 import convllava_hf
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
@@ -1048,6 +1049,17 @@ def test_disk_that_forgets_is_noticed(released, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="reads back differently"):
         convert_checkpoint(released / "vision", tmp_path / "tower")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_named(tmp_path, caplog):
+    stale = tmp_path / ".model.incomplete-0123"
+    for folder in (stale, tmp_path / ".other.incomplete-0123"):
+        folder.mkdir()
+    enable_propagation()
+    with stage_output(tmp_path / "model", 0, False) as folder:
+        (folder / "config.json").write_text("{}")
+    disable_propagation()
+    assert [record.getMessage().split()[0] for record in caplog.records] == [str(stale)] and stale.exists()
 
 
 def test_library_errors_other_than_the_disk_are_not_disguised(tmp_path):

@@ -5,6 +5,7 @@ files are written in order instead of being collected first. Sizes are in bytes.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,10 +22,12 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from transformers.utils import logging
 
 from .weight_maps import ConversionError
 
 
+logger = logging.get_logger(__name__)
 # In order of preference, which is that of transformers: files that hold no code come first.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -455,6 +458,8 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
                 "Free some space or choose another --output."
             )
         staging.mkdir(exist_ok=resume is not None)
+        for stale in sorted(set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}):
+            logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
         yield staging
         if replaced:
             old = output.parent / f".{output.name}.replaced-{mark}"

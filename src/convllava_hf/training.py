@@ -273,9 +273,7 @@ class ConvLlavaTrainer(SFTTrainer):
         if args.ddp_find_unused_parameters is None and "trainable" in model_kwargs:
             args.ddp_find_unused_parameters = False  # text-only batches run an idle vision pass
         super().__init__(args=args, **kwargs)
-        targets = args.optim_target_modules
-        if not targets or self.args.optim.startswith(("galore", "apollo")):
-            targets = []
+        targets = [] if self.args.optim.startswith(("galore", "apollo")) else args.optim_target_modules or []
         targets = [targets] if isinstance(targets, str) else targets
         if isinstance(self.model, PeftModel):
             self._report_what_peft_freezes([*(model_kwargs.get("trainable") or []), *targets])
@@ -488,8 +486,8 @@ class ConvLlavaTrainer(SFTTrainer):
         if self.is_world_process_zero() and file.exists():
             card = ModelCard.load(file)
             card.data.pipeline_tag = "image-text-to-text"
-            adapters = getattr(self.model, "peft_config", None) if isinstance(self.model, PeftModel) else None
-            card.text += describe_training(self.args, self.recipe, self.data, adapters and adapters["default"])
+            adapter = next(iter(self.model.peft_config.values())) if isinstance(self.model, PeftModel) else None
+            card.text += describe_training(self.args, self.recipe, self.data, adapter)
             card.save(file)
 
 
@@ -506,7 +504,7 @@ def describe_training(
     trained = (args.model_init_kwargs or {}).get("trainable") or args.optim_target_modules or []
     trained = [trained] if isinstance(trained, str) else trained
     if adapter is not None:
-        layers = adapter.target_modules
+        layers = getattr(adapter, "target_modules", None) or "the model"
         layers = layers if isinstance(layers, str) else ", ".join(sorted(layers))
         whole = getattr(adapter, "modules_to_save", None) or []
         trained = [f"{adapter.peft_type.value} adapters of {layers}", *whole]

@@ -1,6 +1,7 @@
-"""`convllava convert` and `convllava init`, and, as processes of their own, a mistake and the examples that convert."""
+"""`convllava convert` and `convllava init`, one mistake in a process of its own, and the examples that convert."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,6 @@ from convllava_hf.cli import app
 
 CONVLLAVA = Path(sys.executable).with_name("convllava")
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(*command):
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
 
 
 def call(*command):
@@ -44,21 +41,22 @@ def test_convert_reports_and_never_overwrites(llm, reference, tmp_path):
 
 
 def test_a_missing_tower_is_one_line_and_leaves_nothing(llm, tmp_path):
-    result = run(CONVLLAVA, "convert", llm, "--output", tmp_path / "converted")
+    command = [CONVLLAVA, "convert", llm, "--output", tmp_path / "converted"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 2 and "--vision-tower" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_convert_and_compare():
-    result = run(sys.executable, EXAMPLES / "convert_and_compare.py")
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "logits" in result.stdout
+def test_convert_and_compare(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert_and_compare.py"])
+    runpy.run_path(str(EXAMPLES / "convert_and_compare.py"), run_name="__main__")
+    assert "logits" in capsys.readouterr().out
 
 
-def test_build_your_own(tmp_path):
-    result = run(sys.executable, EXAMPLES / "build_your_own.py", "--output", tmp_path / "model")
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert any(path.name == "config.json" for path in tmp_path.rglob("config.json"))
+def test_build_your_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["build_your_own.py", "--output", str(tmp_path / "model")])
+    runpy.run_path(str(EXAMPLES / "build_your_own.py"), run_name="__main__")
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_init_joins_two_parts(llm, reference, tmp_path):

@@ -52,6 +52,15 @@ def aligned_masks() -> None:
 
 
 @pytest.fixture(scope="session")
+def photo():
+    """Noise, 64 pixels wide and 96 high."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder of recorded outputs of the original implementations, one subfolder per model family."""
     return Path(__file__).parent / "reference"

@@ -19,11 +19,6 @@ from convllava_hf.image_loading import ImageError, load_image
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-@pytest.fixture(scope="module")
-def photo():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8))
-
-
 def encode(image, format="PNG", **options):
     file = BytesIO()
     image.save(file, format, **options)

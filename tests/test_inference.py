@@ -11,7 +11,6 @@ import time
 from _thread import interrupt_main
 from io import BytesIO
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,17 +42,6 @@ def native(loaded):
     image_processor.image_aspect_ratio = "native"
     yield
     image_processor.image_aspect_ratio = "pad"
-
-
-@pytest.fixture(scope="module")
-def photo():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8))
-
-
-def encode(image, format="PNG", **options):
-    file = BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 # ---- loading
@@ -241,7 +229,8 @@ def test_the_answer_is_what_generate_gives(loaded, photo):
     tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = processor.decode(tokens, skip_special_tokens=True).strip()
     assert answer(model, processor, "What is this?", [photo], max_new_tokens=20) == expected
-    stream = answer(model, processor, "What is this?", encode(photo), max_new_tokens=20, stream=True)
+    photo.save(file := BytesIO(), "PNG")
+    stream = answer(model, processor, "What is this?", file.getvalue(), max_new_tokens=20, stream=True)
     assert "".join(stream) == stream.text == expected
     assert answer(model, processor, "What is this?", Image.new("RGB", (64, 64)), max_new_tokens=20) != expected
 
@@ -344,7 +333,7 @@ def test_a_cut_answer_says_so(loaded):
 
 def test_history_carries_text_and_images_in_order(loaded, photo, tmp_path):
     model, processor = loaded
-    (tmp_path / "second.png").write_bytes(encode(Image.new("RGB", (64, 64), RED)))
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "second.png")
     first = answer(model, processor, "One?", photo, stream=True, logits_processor=[Script(processor, "Yes.")])
     assert "".join(first) == "Yes."
     history = [{"role": "system", "content": "Be brief."}, *first.history]
@@ -366,7 +355,7 @@ def test_history_carries_text_and_images_in_order(loaded, photo, tmp_path):
 def test_history_may_name_its_images(loaded, photo, tmp_path):
     model, processor = loaded
     path = tmp_path / "photo.png"
-    path.write_bytes(encode(photo))
+    photo.save(path, "PNG")
     answers = set()
     for part in ({"image": photo}, {"path": str(path)}, {"url": path}):
         content = [{"type": "image", **part}, {"type": "text", "text": "One?"}]

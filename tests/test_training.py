@@ -32,11 +32,11 @@ from convllava_hf.training import (
     ConvLlavaCollator,
     ConvLlavaTrainer,
     ConvLlavaTrainingArguments,
-    draw_curves,
     find_last_checkpoint,
     has_fast_bf16,
     run_recipe,
 )
+from convllava_hf.training_progress import draw_curves
 from convllava_hf.vision_cache import VisionCache, hash_image
 
 

@@ -49,6 +49,7 @@ from .plans import PARTS
 from .sampling import ModalityLengthSampler, measure_lengths
 from .shipped_files import find_file
 from .template_files import build_chat_template, list_chat_templates
+from .training_progress import CurvesCallback, LossBarCallback
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
 
@@ -57,7 +58,6 @@ logger = logging.get_logger(__name__)
 PEFT_WRAPPERS = (BaseTunerLayer, ModulesToSaveWrapper)
 PEFT_NAME_PARTS = r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)"
 
-CURVES = "training_curves.png"
 # The chat template for captions alone: nothing to chat with, so what is trained with it keeps its own.
 CAPTIONS_ALONE = "plain"
 
@@ -185,16 +185,6 @@ def describe_row(example: dict) -> str:
     return f"the row that begins {content[:60]!r} ({len(list_images(example))} images)"
 
 
-class LossBarCallback(ProgressCallback):
-    """transformers' progress bar with the loss beside it, instead of a dictionary on a line of its own for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-        else:
-            super().on_log(args, state, control, logs, **kwargs)
-
-
 class FiniteGradientsCallback(TrainerCallback):
     """Keeps a gradient that is no number out of the weights, and so out of the checkpoints."""
 
@@ -203,43 +193,6 @@ class FiniteGradientsCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.stop_at_infinite_gradients()
-
-
-class CurvesCallback(TrainerCallback):
-    """Draws loss and learning rate beside the checkpoints, at each save and at the end."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            try:
-                draw_curves(state.log_history, Path(args.output_dir) / CURVES)
-            except OSError as error:  # a full disk, which is no reason to stop
-                logger.warning(f"cannot draw {CURVES}: {error}")
-
-    on_train_end = on_save
-
-
-def draw_curves(log_history: list[dict], file: Path) -> None:
-    """Writes a picture of the loss and the learning rate over the steps; nothing where no loss was logged."""
-    points = [entry for entry in log_history if "loss" in entry]
-    if not points:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
-    steps = [entry["step"] for entry in points]
-    loss.plot(steps, [entry["loss"] for entry in points], label="training")
-    evaluated = [entry for entry in log_history if "eval_loss" in entry]
-    if evaluated:
-        loss.plot([e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated], "o-", label="evaluation")
-        loss.legend()
-    loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
-    for name in sorted({key for entry in points for key in entry if key.startswith("learning_rate")}):
-        rate.plot(steps, [entry.get(name) for entry in points], label=name.removeprefix("learning_rate_"))
-    rate.set(xlabel="step", ylabel="learning rate")
-    if len(rate.lines) > 1:
-        rate.legend()
-    figure.savefig(file, dpi=110)
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:

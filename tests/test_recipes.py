@@ -255,6 +255,8 @@ def test_adapters_of_a_finetuning_train_nothing_that_is_not_saved(models, data, 
     trainer = run_recipe("llava_finetune", [*settings, "--lora_modules_to_save", "multi_modal_projector"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(re.search(r"multi_modal_projector.*modules_to_save|\.lora_[AB]\.", name) for name in trained)
+    trainer.create_model_card()  # as `push_to_hub` does after saving
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
 
 
 def test_adapters_load_as_those_of_any_model(models, data, tmp_path):

@@ -16,6 +16,9 @@ def limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
         image_processor: of a checkpoint of ours; stays as it is.
         max_image_tokens: most tokens of an image.
 
+    Returns:
+        Keyword arguments for a call of the image processor.
+
     Raises:
         ValueError: fewer than one token, or an image processor whose images have a fixed number of tokens.
     """

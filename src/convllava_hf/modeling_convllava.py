@@ -145,7 +145,15 @@ def set_trainable(model: nn.Module, patterns: list[str]) -> None:
 
 
 def find_names(names: list[str], patterns: list[str]) -> set[str]:
-    """Names of parameters that match any of the patterns, see `set_trainable`."""
+    """Names that match any of the patterns.
+
+    Args:
+        names: of parameters.
+        patterns: regular expressions, searched in the names.
+
+    Raises:
+        ValueError: a pattern that matches no name.
+    """
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             parts = sorted({".".join(name.split(".")[:2]) for name in names})

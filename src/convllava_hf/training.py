@@ -440,6 +440,8 @@ class ConvLlavaTrainer(SFTTrainer):
             card = ModelCard.load(file)
             card.data.pipeline_tag = "image-text-to-text"
             adapter = next(iter(self.model.peft_config.values())) if isinstance(self.model, PeftModel) else None
+            if adapter is not None:
+                card.data.library_name = "peft"
             card.text += describe_training(self.args, self.recipe, self.data, adapter)
             card.save(file)
 

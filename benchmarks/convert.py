@@ -109,14 +109,14 @@ def edit_json(path: Path, **values):
 
 
 def convert_streamed(source: Path, output: Path):
-    from convllava_hf.conversion import convert_checkpoint
+    from convllava_hf.conversion.convert import convert_checkpoint
 
     convert_checkpoint(source / "llm", output, vision_tower=source / "vision")
 
 
 def convert_in_memory(source: Path, output: Path):
     from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
-    from convllava_hf.weight_maps import CONVLLAVA, CONVNEXT, VISION_TOWER
+    from convllava_hf.checkpoints.weight_maps import CONVLLAVA, CONVNEXT, VISION_TOWER
 
     state = {}
     for path in sorted((source / "llm").glob("*.bin")):

@@ -62,7 +62,7 @@ def write_rows(file: Path, count: int) -> None:
 
 
 def build_ours(folder: Path, file: Path, processes: int, images: str) -> None:
-    from convllava_hf.data import build_dataset
+    from convllava_hf.data.build import build_dataset
 
     pairs = [(file, folder / "images")]
     report = build_dataset(pairs, folder / "out", images=images, num_proc=processes, show_progress=False)
@@ -133,7 +133,7 @@ def measure(way: str, folder: Path, file: Path, processes: int) -> dict:
 
 def work(way: str, folder: str, file: str, processes: str) -> None:
     sys.argv[0] = "convllava"  # as on the command line, where data is built without torch
-    from convllava_hf.data import get_schema
+    from convllava_hf.data.build import get_schema
 
     get_schema()  # imports datasets, which is no part of the time
     started = time.monotonic()

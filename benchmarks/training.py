@@ -37,9 +37,10 @@ from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, P
 from trl import SFTTrainer
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaImageProcessor, ConvLlavaProcessor
-from convllava_hf.modeling_convllava import CHECKPOINTED_BLOCKS, ConvLlavaModel, set_trainable
-from convllava_hf.plans import get_trainable
-from convllava_hf.training import ConvLlavaTrainer, ConvLlavaTrainingArguments
+from convllava_hf.model.modeling_convllava import CHECKPOINTED_BLOCKS, ConvLlavaModel, set_trainable
+from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.plans import get_trainable
+from convllava_hf.training.trainer import ConvLlavaTrainer
 
 
 ACTIVATIONS = "Activations that the released tower keeps for the backward pass, float32"

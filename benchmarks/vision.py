@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextModel
 
 from convllava_hf import ConvLlavaConfig
-from convllava_hf.configuration_convllava import RELEASED_VISION_TOWER
-from convllava_hf.image_processing_convllava import get_native_size
-from convllava_hf.modeling_convllava import build_vision_tower
+from convllava_hf.model.configuration_convllava import RELEASED_VISION_TOWER
+from convllava_hf.model.image_processing_convllava import get_native_size
+from convllava_hf.model.modeling_convllava import build_vision_tower
 
 
 # Pictures whose shape is not square: height and width in pixels.

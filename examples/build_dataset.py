@@ -13,8 +13,9 @@ from datasets import load_dataset
 from transformers import AutoProcessor
 
 import convllava_hf  # noqa: F401 (registers the model with transformers)
-from convllava_hf.data import build_dataset, check_dataset
-from convllava_hf.data_page import write_page
+from convllava_hf.data.build import build_dataset
+from convllava_hf.data.check import check_dataset
+from convllava_hf.data.page import write_page
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

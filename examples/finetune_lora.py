@@ -22,8 +22,9 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import convllava_hf  # noqa: F401 (registers the model with transformers)
-from convllava_hf.data import build_dataset
-from convllava_hf.training import ConvLlavaTrainer, ConvLlavaTrainingArguments
+from convllava_hf.data.build import build_dataset
+from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.trainer import ConvLlavaTrainer
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -69,7 +69,7 @@ def reference() -> Path:
 @pytest.fixture(scope="session")
 def converted(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference checkpoint in our format, as `convllava convert` makes it."""
-    from convllava_hf.conversion import convert_checkpoint
+    from convllava_hf.conversion.convert import convert_checkpoint
 
     folder = tmp_path_factory.mktemp("converted") / "ConvLLaVA-tiny"
     convert_checkpoint(reference / "convllava" / "llm", folder, vision_tower=reference / "convllava" / "vision")
@@ -79,8 +79,8 @@ def converted(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def convert_family(reference: Path, tmp_path_factory: pytest.TempPathFactory):
     """Converts a reference of the LLaVA family once, as `convllava convert` does, its delta merged first."""
-    from convllava_hf.conversion import convert_checkpoint
-    from convllava_hf.deltas import apply_delta
+    from convllava_hf.conversion.convert import convert_checkpoint
+    from convllava_hf.conversion.deltas import apply_delta
 
     done = {}
 

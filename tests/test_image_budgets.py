@@ -3,8 +3,8 @@
 import pytest
 from transformers import CLIPImageProcessor
 
-from convllava_hf.image_budgets import limit_image_tokens, set_image_size
-from convllava_hf.image_processing_convllava import ConvLlavaImageProcessor
+from convllava_hf.images import limit_image_tokens, set_image_size
+from convllava_hf.model.image_processing_convllava import ConvLlavaImageProcessor
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from convllava_hf.image_columns import decode_image, list_images, read_size, undecode_images
+from convllava_hf.images import decode_image, list_images, read_size, undecode_images
 
 
 RED = Image.new("RGB", (5, 3), "red")

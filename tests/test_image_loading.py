@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convllava_hf import image_loading
-from convllava_hf.image_loading import ImageError, load_image
+from convllava_hf import images
+from convllava_hf.images import ImageError, load_image
 
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -255,6 +255,6 @@ def test_what_a_server_cannot_give_is_refused_by_name(server, monkeypatch):
         load_image(server + "/slow", timeout=0.2)
     with pytest.raises(ImageError, match="127.0.0.1:9/x.png: cannot be fetched"):
         load_image("http://127.0.0.1:9/x.png")
-    monkeypatch.setattr(image_loading, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 1000)
     with pytest.raises(ImageError, match="/photo.png: more than"):
         load_image(server + "/photo.png")

@@ -155,7 +155,7 @@ def test_console_script_points_at_the_command_line():
     (script,) = [
         entry for entry in importlib.metadata.entry_points(group="console_scripts") if entry.name == "convllava"
     ]
-    assert script.value == "convllava_hf.cli:app"
+    assert script.value == "convllava_hf.cli.app:app"
     module, attribute = script.value.split(":")
     assert callable(getattr(importlib.import_module(module), attribute))
 
@@ -165,7 +165,7 @@ def test_help_loads_nothing_heavy():
     program = f"""
 import sys
 sys.argv = ["convllava", "--help"]
-from convllava_hf.cli import app
+from convllava_hf.cli.app import app
 try:
     app()
 finally:
@@ -192,9 +192,8 @@ def test_wheel_holds_the_package_data(tmp_path):
         packed = set(archive.namelist())
     expected = {
         path.relative_to(ROOT / "src").as_posix()
-        for pattern in ("*.py", "card_templates/*", "chat_templates/*", "mixtures/*.yaml", "recipes/*.yaml")
-        for path in (ROOT / "src" / "convllava_hf").glob(pattern)
-        if path.is_file()
+        for path in (ROOT / "src" / "convllava_hf").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
     }
     assert {path for path in packed if ".dist-info/" not in path} == expected
     assert any(path.endswith("LICENSE") for path in packed)

@@ -219,8 +219,8 @@ def test_what_training_sees(trainer, aligned_masks, original, reference, convert
     from datasets import load_dataset
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    from convllava_hf.data import build_dataset
-    from convllava_hf.training import ConvLlavaCollator
+    from convllava_hf.data.build import build_dataset
+    from convllava_hf.training.collator import ConvLlavaCollator
 
     build_dataset([(reference / "convllava" / "train.json", reference / "convllava" / "images")], tmp_path / "data")
     rows = load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))

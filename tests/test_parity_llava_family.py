@@ -26,9 +26,9 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from convllava_hf.conversion import convert_checkpoint
-from convllava_hf.inference import answer
-from convllava_hf.llava_family import fit_to_corner
+from convllava_hf.conversion.convert import convert_checkpoint
+from convllava_hf.conversion.llava_family import fit_to_corner
+from convllava_hf.inference.answer import answer
 
 
 FEATURES, LOGITS, LOSS = 1e-4, 5e-4, 1e-4  # absolute tolerances

@@ -44,7 +44,7 @@ def test_there_are_snippets_and_commands():
 def test_convllava_commands_parse(command):
     from typer.main import get_command
 
-    from convllava_hf.cli import app
+    from convllava_hf.cli.app import app
 
     group = get_command(app)
     subcommand = group.commands[command[1]]

@@ -23,8 +23,8 @@ from convllava_hf import (
     ConvLlavaImageProcessor,
     ConvLlavaProcessor,
 )
-from convllava_hf.data import build_dataset
-from convllava_hf.training import run_recipe
+from convllava_hf.data.build import build_dataset
+from convllava_hf.training.run import run_recipe
 
 
 NAMES = (*"0123456789", *SHAPES, "nothing")  # what the classifier of stage 0 tells apart

@@ -12,17 +12,17 @@ from pathlib import Path
 __version__ = version("convllava_hf")
 
 _HOMES = {
-    "ConvLlavaConfig": "configuration_convllava",
-    "ConvLlavaForConditionalGeneration": "modeling_convllava",
-    "ConvLlavaImageProcessor": "image_processing_convllava",
-    "ConvLlavaImageProcessorPil": "image_processing_convllava",
-    "ConvLlavaModel": "modeling_convllava",
-    "ConvLlavaProcessor": "processing_convllava",
-    "ImageError": "image_loading",
-    "answer": "inference",
-    "load": "inference",
-    "load_image": "image_loading",
-    "make_message": "inference",
+    "ConvLlavaConfig": "model.configuration_convllava",
+    "ConvLlavaForConditionalGeneration": "model.modeling_convllava",
+    "ConvLlavaImageProcessor": "model.image_processing_convllava",
+    "ConvLlavaImageProcessorPil": "model.image_processing_convllava",
+    "ConvLlavaModel": "model.modeling_convllava",
+    "ConvLlavaProcessor": "model.processing_convllava",
+    "ImageError": "images",
+    "answer": "inference.answer",
+    "load": "inference.load",
+    "load_image": "images",
+    "make_message": "inference.answer",
 }
 __all__ = sorted(_HOMES)
 

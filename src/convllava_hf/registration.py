@@ -3,9 +3,7 @@
 Importing `convllava_hf` calls `register()` once.
 """
 
-import json
 import sys
-from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -17,29 +15,10 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .configuration_convllava import ConvLlavaConfig
-from .image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
-from .modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
-from .processing_convllava import ConvLlavaProcessor
-
-
-# The flat files that travel with every checkpoint as remote code.
-HUB_FILES = (
-    "configuration_convllava.py",
-    "image_processing_convllava.py",
-    "modeling_convllava.py",
-    "processing_convllava.py",
-)
-HUB_CLASSES = (
-    ConvLlavaConfig,
-    ConvLlavaModel,
-    ConvLlavaForConditionalGeneration,
-    ConvLlavaProcessor,
-    ConvLlavaImageProcessor,
-    ConvLlavaImageProcessorPil,
-)
-# Files of a checkpoint in which `auto_map` names code.
-CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+from .model.configuration_convllava import ConvLlavaConfig
+from .model.image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
+from .model.modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
+from .model.processing_convllava import ConvLlavaProcessor
 
 
 def register() -> None:
@@ -70,49 +49,3 @@ def register() -> None:
     ConvLlavaProcessor.register_for_auto_class()
     for image_processor in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
         image_processor.register_for_auto_class()
-
-
-def find_foreign_code(folder: Path) -> str | None:
-    """Looks for entries in a checkpoint's configurations that name code other than this package's.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        What is wrong; `None` if `config.json` names the classes of this package, of a model of ours, and nothing in the
-        folder names any others. `"repository--module.Class"` would run code of another repository.
-    """
-    ours = {f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in HUB_CLASSES}
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8")) if file.name in CONFIGURATIONS else {}
-        for part in [content, *(value for value in content.values() if isinstance(value, dict))]:
-            for name, target in (part.get("auto_map") or {}).items():
-                for reference in target if isinstance(target, list) else [target]:
-                    if reference is not None and reference not in ours:
-                        return f"{file.name} names {reference!r} as its {name}, which is no class of convllava-hf"
-        if file.name == "config.json" and content.get("model_type") == "convllava":
-            missing = {"AutoConfig", "AutoModelForImageTextToText"} - set(content.get("auto_map") or {})
-            if missing:
-                return f"{file.name} has no auto_map for {' and '.join(sorted(missing))}, which trust_remote_code needs"
-    return None
-
-
-def list_code_files(folder: Path) -> dict[str, str]:
-    """Compares the code files of a checkpoint with those of this package.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        File name -> `"same"`, `"modified"`, `"missing"` (of the files that a ConvLLaVA needs), or `"unknown"`.
-    """
-    states = {}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = HUB_FILES if config.get("model_type") == "convllava" else ()
-    for name in names:
-        if not (folder / name).is_file():
-            states[name] = "missing"
-        else:
-            same = (folder / name).read_bytes() == Path(__file__).with_name(name).read_bytes()
-            states[name] = "same" if same else "modified"
-    return states | {path.name: "unknown" for path in sorted(folder.glob("*.py")) if path.name not in names}

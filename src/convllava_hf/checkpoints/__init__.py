@@ -1,0 +1,1 @@
+"""Reading, writing and describing checkpoints, whatever made them."""

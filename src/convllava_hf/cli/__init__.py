@@ -1,0 +1,1 @@
+"""The command line `convllava`, one file per topic."""

@@ -1,0 +1,131 @@
+"""The commands around the Hub: `convllava push`, `pull`, `info` and `doctor`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import ForceOption, report_errors
+
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint.", show_default=False)]
+RepoArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub.", show_default=False)]
+RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
+
+
+def add_hub_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    for command in (push, pull, info, doctor):
+        app.command()(command)
+
+
+def push(
+    folder: FolderArgument,
+    repo_id: RepoArgument,
+    *,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository. [default: as the owner set]")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch, made if it is not there. [default: main]")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB. [default: as they are]")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Title of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files, sizes and what would change.")] = False,
+):
+    """Publish a checkpoint on the Hub in one commit: weights, code, template, configurations and card.
+
+    What is interrupted goes on with the same command, and nothing is visible before all has arrived. Log in with
+    `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      convllava push my-model someone/my-model --dry-run
+      convllava push my-model someone/my-model --private
+      convllava push my-model someone/my-model --create-pr --message "Better weights"
+    """
+    with report_errors():
+        from ..hub.push import push_checkpoint
+
+        report = push_checkpoint(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            shard_size=shard_size,
+            dry_run=dry_run,
+        )
+        print(report.summary())
+
+
+def pull(
+    repo_id: RepoArgument,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to make. [default: the cache]")
+    ] = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+):
+    """Fetch a checkpoint, compare every file with the hash that the Hub lists, and print where it lies.
+
+    What is interrupted goes on with the same command. What is in the cache is also found offline.
+
+    \b
+    Examples:
+      convllava pull someone/my-model
+      convllava pull someone/my-model --revision v1.0 --output my-model
+    """
+    with report_errors():
+        from ..hub.pull import pull_checkpoint
+
+        print(pull_checkpoint(repo_id, output, revision, force=force))
+
+
+def info(
+    source: Annotated[str, typer.Argument(metavar="DIR|REPO_ID", help="Folder or Hub id.", show_default=False)],
+    *,
+    revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Say what a checkpoint is: parts, parameters, tokens per image, memory, template, origin. Reads no weights.
+
+    Takes original-format checkpoints too. Of a repository on the Hub a few kilobytes are fetched.
+
+    \b
+    Examples:
+      convllava info my-model
+      convllava info ConvLLaVA/ConvLLaVA-sft-1536 --json
+    """
+    with report_errors():
+        from ..hub.info import describe_checkpoint
+
+        described = describe_checkpoint(source, revision)
+        print(described.to_json() if as_json else described.summary())
+
+
+def doctor(folder: FolderArgument):
+    """Check everything in a checkpoint; exit code 2 where something is wrong.
+
+    Tensors against the configuration, their values, the tokenizer, the chat template, the code files, and the hashes of
+    the conversion.
+
+    \b
+    Example:
+      convllava doctor my-model && convllava push my-model someone/my-model
+    """
+    with report_errors():
+        from ..hub.doctor import check_checkpoint
+        from ..registration import register
+
+        register()
+        checks = check_checkpoint(folder)
+        for check in checks:
+            print(f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}")
+        if wrong := sum(check.problem is not None for check in checks):
+            raise ValueError(f"{wrong} of {len(checks)} checks of {folder} found something wrong.")

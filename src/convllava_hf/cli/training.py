@@ -1,0 +1,181 @@
+"""The commands around training: `train`, `recipe`, `plan`, `merge`, `extract-projector` and `insert-projector`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, report_errors
+
+
+def add_training_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+    for command in (recipe, plan, merge, extract_projector, insert_projector):
+        app.command()(command)
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a config file of `trl sft`.")],
+    flags: Annotated[bool, typer.Option("--flags", help="List every setting, with its meaning and default.")] = False,
+):
+    """Train by a recipe; --KEY VALUE replaces any of its settings.
+
+    Does what `trl sft --config RECIPE` does, and what that cannot: learning rates per part, batches grouped by modality
+    and length, long rows cut without cutting images, curves, checkpoints that a full disk or a crash leaves whole.
+
+    \b
+    Examples:
+      convllava recipe                                            # the recipes there are
+      convllava train convllava_stage1 --model_name_or_path CHECKPOINT --dataset_name DATA
+      convllava train custom_finetune_lora --model_name_or_path CHECKPOINT --dataset_name DATA \\
+        --projector_learning_rate 2e-5 --output_dir tuned
+      convllava train my.yaml --resume_from_checkpoint last
+      accelerate launch --config_file fsdp2.yaml $(which convllava) train convllava_stage3 ...
+    """
+    with report_errors():
+        from ..registration import register
+        from ..training.run import get_parser, run_recipe
+
+        if flags:
+            print(get_parser().format_help())
+            return
+        register()
+        run_recipe(recipe, context.args)
+
+
+def recipe(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Of a recipe.", show_default=False)] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe instead of its path.")] = False,
+):
+    """List the recipes, or print the path of one (for `trl sft --config`)."""
+    with report_errors():
+        from ..shipped import find_file, list_titles
+
+        if name is None:
+            print(list_titles("recipe"))
+        else:
+            file = find_file("recipe", name)
+            print(file.read_text(encoding="utf-8") if show else file)
+
+
+def plan(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id.", show_default=False)],
+    *,
+    stage: Annotated[int, typer.Option(metavar="1|2|3", help="Which of the three stages.", show_default=False)],
+    vision_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="stageN[.B]", help="Stage 2: where the trained part of the tower begins. [default: stage3]"
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of weights, gradients and AdamW's moments.")] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+):
+    """Show what a training stage trains and freezes, and the memory that takes, without loading weights.
+
+    \b
+    Example:
+      convllava plan CHECKPOINT --stage 2 --vision-from stage3.9
+    """
+    with report_errors():
+        import torch
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        from ..model.modeling_convllava import set_trainable
+        from ..registration import register
+        from ..training.plans import describe_plan, get_trainable
+
+        register()
+        size = getattr(torch, dtype, None)
+        if not isinstance(size, torch.dtype) or not size.is_floating_point:
+            raise ValueError(f"dtype={dtype!r}; expected float32, bfloat16 or float16.")
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if vision_from is not None and stage != 2:
+            raise ValueError(f"--vision-from {vision_from} is for stage 2, which trains a part of the tower.")
+        patterns = get_trainable(config, stage, vision_from or "stage3")
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        set_trainable(model, patterns)
+        rows = [(part.part, part.trainable, part.frozen, part.estimate_bytes(size)) for part in describe_plan(model)]
+        rows.append(("all", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
+        width = max(len(row[0]) for row in rows)
+        print(f"{'part':{width}}  {'trainable':>15}  {'frozen':>15}  {'GB':>8}")
+        for part, trainable, frozen, num_bytes in rows:
+            print(f"{part:{width}}  {trainable:>15,}  {frozen:>15,}  {num_bytes / 1e9:>8.3f}")
+        print(
+            f"\nGB: weights, and gradients and both moments of AdamW where trained, all in {dtype}; activations come "
+            "on top. Sharding (FSDP2, ZeRO-3) divides it by the number of GPUs.\n\nIn a recipe:"
+        )
+        listed = f"[{', '.join(map(repr, patterns))}]".replace("\\\\", "\\")
+        # Other classes do not take `trainable`; `convllava train` freezes them by the trainer's own argument.
+        is_ours = config.model_type == "convllava"
+        print(f"model_init_kwargs:\n  trainable: {listed}" if is_ours else f"optim_target_modules: {listed}")
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT adapter.", show_default=False)],
+    *,
+    output: OutputOption,
+    base: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Hub id or folder of the base. [default: as ADAPTER says]")
+    ] = None,
+    dtype: StoredDtypeOption = "auto",
+    force: ForceOption = False,
+):
+    """Make one checkpoint of a base model and a LoRA adapter (or a projector that PEFT trained).
+
+    \b
+    Example:
+      convllava merge convllava_stage3_lora --output merged
+    """
+    with report_errors():
+        from ..conversion.parts import merge_adapter
+        from ..registration import register
+
+        register()
+        print(f"wrote {merge_adapter(adapter, output, base=base, dtype=dtype, force=force)}")
+
+
+def extract_projector(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint or adapter.", show_default=False)],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help=".safetensors, or .bin as LLaVA's mm_projector.bin.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+):
+    """Take the projector out of a checkpoint, for example after stage 1.
+
+    \b
+    Example:
+      convllava extract-projector convllava_stage1 --output mm_projector.bin
+    """
+    with report_errors():
+        from ..conversion.parts import extract_projector
+
+        print(f"wrote {extract_projector(source, output, force=force)}")
+
+
+def insert_projector(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder.", show_default=False)],
+    *,
+    projector: Annotated[
+        Path, typer.Option(metavar="FILE", help="mm_projector.bin, .safetensors, a checkpoint or an adapter.")
+    ],
+    output: OutputOption,
+    max_shard_size: ShardOption = "5GB",
+    force: ForceOption = False,
+):
+    """Copy a checkpoint with another projector in it.
+
+    \b
+    Example:
+      convllava insert-projector CHECKPOINT --projector mm_projector.bin --output with_projector
+    """
+    with report_errors():
+        from ..conversion.parts import insert_projector
+
+        path = insert_projector(checkpoint, projector, output, max_shard_size=max_shard_size, force=force)
+        print(f"wrote {path}")

@@ -1,0 +1,1 @@
+"""Making checkpoints: from the originals' formats, from parts, from deltas and adapters."""

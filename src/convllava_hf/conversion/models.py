@@ -1,0 +1,208 @@
+"""Joins a tower and a language model into one checkpoint.
+
+Source of the original behaviour: alibaba/conv-llava, `llava/model/multimodal_encoder/convnext_encoder.py` (`add_stage`)
+and `llava/model/multimodal_projector/builder.py` (new modules are initialised by torch's defaults).
+"""
+
+import copy
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ..checkpoints.cards import list_image_tokens
+from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER
+from ..checkpoints.shapes import list_shapes
+from ..checkpoints.weight_maps import VISION_TOWER, ConversionError
+from ..model.configuration_convllava import ConvLlavaConfig
+from ..model.image_processing_convllava import ConvLlavaImageProcessor
+from ..model.modeling_convllava import ConvLlavaForConditionalGeneration
+from ..model.processing_convllava import ConvLlavaProcessor
+from ..shipped import build_chat_template
+from .sources import LanguageModel, Tower
+from .vocabulary import add_tokens, count_ids
+from .writer import CheckpointWriter, ConversionReport, check_stored, plan_weights
+
+
+# Bounds answers that do not end by themselves, where a caller gives no bound.
+MAX_NEW_TOKENS = 1024
+
+
+def _make_fresh(model: nn.Module, name: str, seed: int) -> torch.Tensor:
+    """Initialises a parameter of a model on the meta device by torch's defaults, in float32 on the CPU."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf == "layer_scale_parameter":
+        return torch.full(module.layer_scale_parameter.shape, model.config.vision_config.layer_scale_init_value)
+    # Weight and bias come from one initialisation, which is repeated for each of them.
+    module = copy.deepcopy(module).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed} {owner}".encode()))
+        module.reset_parameters()
+    return getattr(module, leaf).detach()
+
+
+def _build_generation_config(language: LanguageModel) -> GenerationConfig:
+    text_config, tokenizer = language.config, language.tokenizer
+    # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
+    # `max_length`, which warns beside every `max_new_tokens`.
+    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    # Configurations of the first LLaMA conversions name other ids than their tokenizers have.
+    if tokenizer.eos_token_id not in (None, *ends):
+        ends.append(tokenizer.eos_token_id)
+    if language.chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
+        ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    return GenerationConfig(
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+        # A placeholder in an answer stands for nothing.
+        suppress_tokens=[tokenizer.convert_tokens_to_ids(language.image_token)],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def write_convllava(
+    writer: "CheckpointWriter",
+    content: dict,
+    tower: Tower,
+    language: LanguageModel,
+    projector_type: str,
+    image_size: int,
+    fresh: tuple[str, ...] = (),
+) -> ConversionReport:
+    """Joins a ConvNeXt and a language model. Tensors whose names begin with one of `fresh` are initialised."""
+
+    def build() -> tuple[PreTrainedConfig, ProcessorMixin]:
+        tokenizer = language.tokenizer
+        config = ConvLlavaConfig(
+            vision_config=tower.config,
+            text_config=language.config,
+            image_token_id=tokenizer.convert_tokens_to_ids(language.image_token),
+            projector_type=projector_type,
+            vocab_padding=language.config.vocab_size - count_ids(tokenizer),
+        )
+        config.num_image_tokens(image_size, image_size)
+        image_processor = ConvLlavaImageProcessor(
+            image_aspect_ratio="pad",
+            size={"height": image_size, "width": image_size},
+            downsampling_factor=config.downsampling_factor,
+            image_mean=tower.image_mean,
+            image_std=tower.image_std,
+            resample=tower.resample,
+        )
+        processor = ConvLlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            chat_template=tokenizer.chat_template,
+            image_token=language.image_token,
+            chunk_prefix_space="".join(tokenizer.tokenize("a")).startswith("\u2581"),  # SentencePiece's leading space
+        )
+        return config, processor
+
+    def make(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
+        return (lambda: _make_fresh(model, name, content["seed"])) if name.startswith(fresh) else None
+
+    tower.source.rename(VISION_TOWER)
+    return write_model(writer, content, tower, language, ConvLlavaForConditionalGeneration, build, make)
+
+
+def make_identity(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
+    """The second layer of a projector that has one layer in the original."""
+    width = model.config.text_config.hidden_size
+    if model.config.projector_hidden_act == "linear" and name.startswith("multi_modal_projector.linear_2."):
+        return lambda: torch.eye(width) if name.endswith("weight") else torch.zeros(width)
+    return None
+
+
+def write_model(
+    writer: "CheckpointWriter",
+    content: dict,
+    tower: Tower,
+    language: LanguageModel,
+    model_class: type[PreTrainedModel],
+    build: Callable[[], tuple[PreTrainedConfig, ProcessorMixin]],
+    fresh: Callable[[PreTrainedModel, str], Callable[[], torch.Tensor] | None],
+) -> ConversionReport:
+    """Joins a tower and a language model.
+
+    Args:
+        writer, content, tower, language: the parts; both sources have the names that the new model stores.
+        model_class: class of the new model.
+        build: makes its configuration and processor, after the tokenizer has all its tokens.
+        fresh: gives for the model and a name that no source has a function that makes the tensor, or `None`.
+    """
+    vocabulary = add_tokens(language)
+    tokenizer = language.tokenizer
+    # The tokenizer and the processor keep their template in one file.
+    tokenizer.chat_template = build_chat_template(tokenizer, language.chat_template, language.image_tag)
+    language.config.vocab_size = vocabulary.rows_after
+    language.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config, processor = build()
+        with torch.device("meta"):
+            model = model_class(config)
+    except ValueError as error:
+        raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
+    generation_config = _build_generation_config(language)
+    sources = [language.source, tower.source]
+    shapes, tied = list_shapes(model, config)
+    tensors, records = plan_weights(
+        shapes,
+        sources,
+        dtype=writer.dtype,
+        vocabulary=vocabulary,
+        fresh=lambda name: fresh(model, name),
+        tied=tied,
+    )
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
+    config.architectures = [model_class.__name__]
+
+    def save(folder: Path):
+        config.save_pretrained(folder)
+        generation_config.save_pretrained(folder)
+        for transient in ("is_local", "local_files_only"):  # how the tokenizer was loaded is none of its settings
+            tokenizer.init_kwargs.pop(transient, None)
+        processor.save_pretrained(folder)
+        if model_class is ConvLlavaForConditionalGeneration:
+            for name in HUB_FILES:
+                shutil.copyfile(HUB_FOLDER / name, folder / name)
+
+    def check(folder: Path) -> list[str]:
+        """Loads what was saved, from the files alone, and compares the parts with each other."""
+        saved = type(config).from_pretrained(folder)
+        with torch.device("meta"):
+            check_stored(folder, model_class(saved), saved)
+        loaded = type(processor).from_pretrained(folder)
+        ids = {token: loaded.tokenizer.convert_tokens_to_ids(token) for token in vocabulary.added}
+        sample = "A question. <image>\nAn answer.</s>And another."
+        for what, found, expected in (
+            ("new tokens", ids, vocabulary.added),
+            ("image_token_id", saved.image_token_id, loaded.tokenizer.convert_tokens_to_ids(language.image_token)),
+            ("pad_token_id", saved.text_config.pad_token_id, loaded.tokenizer.pad_token_id),
+            ("padding_side", loaded.tokenizer.padding_side, "left"),
+            ("model_max_length", loaded.tokenizer.model_max_length, tokenizer.model_max_length),
+            ("number of tokens", len(loaded.tokenizer), len(tokenizer)),
+            ("vocab_size", saved.text_config.vocab_size, vocabulary.rows_after),
+            ("tokens of a sample", loaded.tokenizer(sample)["input_ids"], tokenizer(sample)["input_ids"]),
+            ("chat template", loaded.chat_template, tokenizer.chat_template),
+            ("image processor", loaded.image_processor.to_dict(), processor.image_processor.to_dict()),
+        ):
+            if found != expected:
+                raise ConversionError(f"{what}: read back as {found!r}, expected {expected!r}. Please report this.")
+        return ["the model has exactly these tensors", "configuration, tokenizer and processor load and agree"]
+
+    content["architecture"] = model_class.__name__
+    content["image_tokens"] = list_image_tokens(config)
+    content["vocabulary"] = {
+        "rows_before": vocabulary.rows_before,
+        "rows_after": vocabulary.rows_after,
+        "added": vocabulary.added,
+    }
+    return writer.write(content, sources, tensors, records, save, check)

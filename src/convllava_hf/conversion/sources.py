@@ -1,0 +1,379 @@
+"""The repositories that a conversion reads: where they are, what they hold, and what their tensors are called here.
+
+Source of the original behaviour: alibaba/conv-llava, `llava/model/builder.py` and `llava/model/llava_arch.py` (the
+language model and its tower lie in two repositories), `llava/model/multimodal_encoder/convnext_encoder.py` (the tower
+and its image processor).
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ConvNextConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_json
+from ..checkpoints.weight_maps import (
+    CONVLLAVA,
+    CONVNEXT,
+    OPEN_CLIP_CONVNEXT,
+    TIMM_CONVNEXT,
+    ConversionError,
+    Dropped,
+    WeightMap,
+    build_causal_lm_map,
+)
+
+
+# What is read from the config.json of a released language model, whose `model_type` says "llava".
+LLAMA_CONFIG_KEYS = (
+    *("attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size"),
+    *("initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads"),
+    *("num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_theta", "tie_word_embeddings"),
+)
+CONVNEXT_CONFIG_KEYS = (
+    *("depths", "drop_path_rate", "hidden_act", "hidden_sizes", "image_size", "initializer_range", "layer_norm_eps"),
+    *("layer_scale_init_value", "num_channels", "num_stages", "patch_size"),
+)
+# The first of these names that a checkpoint holds says whose names its tower has.
+TOWER_MARKS = {
+    "visual.trunk.stem.0.weight": OPEN_CLIP_CONVNEXT,
+    "stem.0.weight": TIMM_CONVNEXT,
+    "embeddings.patch_embeddings.weight": CONVNEXT,
+    "convnext.embeddings.patch_embeddings.weight": CONVNEXT,
+}
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+
+@dataclass
+class Source:
+    """A repository that weights come from.
+
+    Attributes:
+        role: what it is for, in words.
+        name: Hub id, or the name of the folder.
+        folder: where its files are.
+        revision: the commit, if it came from the Hub.
+        tensors: everything that it holds.
+        targets: new name -> original name.
+        dropped: original name -> reason.
+    """
+
+    role: str
+    name: str
+    folder: Path
+    revision: str | None = None
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    targets: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    reader: CheckpointReader | None = None
+
+    def open(self):
+        """Lists the tensors.
+
+        Raises:
+            ConversionError: see `CheckpointReader`.
+        """
+        self.reader = CheckpointReader(self.folder)
+        self.tensors = self.reader.tensors
+        self.targets = {name: name for name in self.tensors}
+
+    def describe(self, progress: tqdm | None = None) -> dict:
+        """What it is and what it consists of, for a report; `progress` counts the bytes of its weight files."""
+        files = [describe_file(path, progress) for path in self.reader.files]
+        return {"role": self.role, "name": self.name, "revision": self.revision, "files": files}
+
+    def rename(self, table: WeightMap):
+        """Looks the tensors' present names up in a table.
+
+        Raises:
+            ConversionError: an unknown name, or two tensors that get the same one.
+        """
+        before, self.targets = self.targets, {}
+        for present, name in before.items():
+            try:
+                target = table.rename(present)
+            except ConversionError as error:
+                raise ConversionError(f"{self.role} {self.name}: {error}") from None
+            if isinstance(target, Dropped):
+                self.dropped[name] = target.reason
+            elif target in self.targets:
+                raise ConversionError(
+                    f"{self.role} {self.name}: {self.targets[target]!r} and {name!r} both become {target!r}; expected "
+                    "one of them. Remove the one that does not belong there."
+                )
+            else:
+                self.targets[target] = name
+
+
+@dataclass
+class Tower:
+    """A vision tower under the names of its class, and how images are prepared for it: side of the square in pixels,
+    mean and standard deviation of values in 0..1, filter of `PIL.Image.Resampling`."""
+
+    source: Source
+    config: PreTrainedConfig
+    image_size: int
+    image_mean: list[float]
+    image_std: list[float]
+    resample: int
+
+
+@dataclass
+class LanguageModel:
+    """A language model, with the projector if it has one, under the names of the new model.
+
+    Attributes:
+        source, config, tokenizer: the parts.
+        embeddings, head: names of the input table and of the output layer.
+        chat_template: name of its template, if the original says.
+        image_token: the placeholder; added to the tokenizer if it is not there.
+        image_tag: what the template writes for an image, if more than the placeholder.
+        finish_tokenizer: makes the last changes, when all tokens are there.
+    """
+
+    source: Source
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    embeddings: str
+    head: str = "lm_head"
+    chat_template: str | None = None
+    image_token: str = "<image>"
+    image_tag: str | None = None
+    finish_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase] = lambda tokenizer: tokenizer
+
+
+def find_source(name: str | Path, revision: str | None, role: str, fix: str) -> Source:
+    """Finds a repository: a folder as it is, else on the Hub or in its cache.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        role: for messages.
+        fix: what to do if there is nothing, for messages.
+
+    Returns:
+        The source; its tensors are not listed yet.
+
+    Raises:
+        ConversionError: there is no such repository, or it cannot be fetched.
+    """
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        if revision is not None:
+            raise ConversionError(f"{name} is a folder; revision {revision!r} needs a Hub id. Leave the revision out.")
+        return Source(role, folder.resolve().name, folder.resolve())
+    name = str(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ConversionError(f"there is no folder {name!r} for the {role}, and it is no Hub id. {fix}")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.model", "*.txt"]))
+        for file in WEIGHT_FILES:  # one format is enough
+            files = [file]
+            if file.endswith(".index.json"):
+                files = read_json(folder / file)["weight_map"].values() if (folder / file).is_file() else []
+            if files:
+                snapshot_download(name, revision=folder.name, allow_patterns=sorted({*map(str, files)}))
+            if (folder / file).is_file():
+                break
+    except Exception as error:  # errors of the Hub, of HTTP and of sockets have no common base
+        raise ConversionError(
+            f"the {role} {name!r} is no folder here and cannot be fetched from the Hub: {_first_line(error)} {fix}"
+        ) from error
+    return Source(role, name, folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_settings(settings: dict, keys: Sequence[str]) -> dict:
+    """Those of `settings` that are named in `keys` and are set."""
+    return {key: settings[key] for key in keys if settings.get(key) is not None}
+
+
+def read_tower(source: Source) -> Tower:
+    """Reads a ConvNeXt tower of transformers, timm or open_clip.
+
+    Args:
+        source: the repository of a ConvNextModel, alone or in a classifier, of a timm model, or of an open_clip CLIP.
+
+    Returns:
+        The tower. Classification heads, projections and the text tower are dropped.
+
+    Raises:
+        ConversionError: another kind of model, one whose arithmetic ConvNextModel does not have, or files that are
+            missing or damaged.
+    """
+    source.open()
+    table = next((table for mark, table in TOWER_MARKS.items() if mark in source.tensors), None)
+    if table is None:
+        raise ConversionError(
+            f"{source.name} is no ConvNeXt; expected one of transformers, timm or open_clip, with a tensor named "
+            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}. Pass another vision tower; a language model without one "
+            "(no mm_vision_tower in its config.json) is joined with a tower by init."
+        )
+    source.rename(table)
+    settings = read_json(source.folder / ("open_clip_config.json" if table is OPEN_CLIP_CONVNEXT else "config.json"))
+    if table is CONVNEXT:
+        config = ConvNextConfig(**read_settings(settings, CONVNEXT_CONFIG_KEYS))
+        return Tower(source, config, *read_clip_processor(source.folder / "preprocessor_config.json"))
+    if table is OPEN_CLIP_CONVNEXT:
+        vision = settings.get("model_cfg", {}).get("vision_cfg", {})
+        architecture, arguments = vision.get("timm_model_name"), {}
+        images, image_size = settings.get("preprocess_cfg", {}), vision.get("image_size", 224)
+    else:
+        architecture, arguments = settings.get("architecture"), settings.get("model_args", {})
+        images = settings.get("pretrained_cfg", settings)
+        image_size = images.get("input_size", [3, 224, 224])[-1]
+    # ConvNextModel has one epsilon and the activation of its configuration; timm's names do not tell these.
+    odd = next((f"model_args {key!r}" for key in ("act_layer", "norm_eps", "norm_layer") if key in arguments), None)
+    if str(architecture).startswith("convnext_xxlarge"):
+        odd = "layer norms with an epsilon of 1e-5"
+    if odd:
+        raise ConversionError(
+            f"{source.name} ({architecture}) has {odd}; expected timm's defaults: layer norms with an epsilon of "
+            "1e-6, and GELU. Pass another vision tower."
+        )
+    mean = list(images.get("mean", OPENAI_CLIP_MEAN))  # open_clip's default; timm writes its own
+    std = list(images.get("std", OPENAI_CLIP_STD))
+    return Tower(source, _derive_convnext_config(source, image_size), image_size, mean, std, BICUBIC)
+
+
+def _derive_convnext_config(source: Source, image_size: int) -> ConvNextConfig:
+    """Reads depths and widths off the shapes of a tower."""
+    depths, widths = Counter(), {}
+    for target, name in source.targets.items():
+        if match := re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.\d+\.dwconv\.weight", target):
+            depths[int(match[1])] += 1
+            widths[int(match[1])] = source.tensors[name].shape[0]
+    _, channels, patch, _ = source.tensors[source.targets["embeddings.patch_embeddings.weight"]].shape
+    return ConvNextConfig(
+        num_channels=channels,
+        patch_size=patch,
+        num_stages=len(depths),
+        depths=[depths[stage] for stage in sorted(depths)],
+        hidden_sizes=[widths[stage] for stage in sorted(widths)],
+        layer_norm_eps=1e-6,
+        image_size=image_size,
+    )
+
+
+def read_clip_processor(path: Path) -> tuple[int, list[float], list[float], int]:
+    """Reads a CLIPImageProcessor: side of the square in pixels, mean, standard deviation, filter."""
+    settings = read_json(path)
+    sides = [settings.get(key) for key in ("size", "crop_size")]
+    sides = [side.get("shortest_edge", side.get("height")) if isinstance(side, dict) else side for side in sides]
+    if not isinstance(sides[0], int) or sides[0] != (sides[1] or sides[0]):
+        raise ConversionError(
+            f"{path} has size {settings.get('size')!r} and crop_size {settings.get('crop_size')!r}; expected the same "
+            "side in both, in pixels: a padded square is then kept whole. Correct the file."
+        )
+    if not all(isinstance(settings.get(key), list) and len(settings[key]) == 3 for key in ("image_mean", "image_std")):
+        raise ConversionError(f"{path} has no image_mean and image_std of three numbers each. Get the file again.")
+    return sides[0], settings["image_mean"], settings["image_std"], settings.get("resample", BICUBIC)
+
+
+def read_llava(source: Source, config: dict) -> tuple[LanguageModel, str]:
+    """Reads a released language model, whose own configuration describes the projector and the tower too.
+
+    Args:
+        source: the repository.
+        config: its `config.json`.
+
+    Returns:
+        The language model with the projector's tensors, and the projector's type.
+
+    Raises:
+        ConversionError: a model of another family, a setting that ConvLLaVA's releases do not have, or files that are
+            missing or damaged.
+    """
+    for key, default, accepted, meaning in (
+        ("architectures", None, ["LlavaLlamaForCausalLM"], "a Llama"),
+        ("mm_vision_select_layer", -1, -1, "the last map of the tower"),
+        ("image_aspect_ratio", None, "pad", "images on a padded square"),
+        ("mm_use_im_start_end", False, False, "no tokens around images"),
+    ):
+        if config.get(key, default) != accepted:
+            raise ConversionError(
+                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected {accepted!r}, {meaning}. "
+                "With a ConvNeXt tower only checkpoints of ConvLLaVA can be converted."
+            )
+    source.open()
+    source.rename(CONVLLAVA)
+    text_config = LlamaConfig(**read_settings(config, LLAMA_CONFIG_KEYS))
+    limit = config.get("tokenizer_model_max_length")
+    tokenizer = load_tokenizer(source, text_config, **({"model_max_length": limit} if limit else {}))
+    model = LanguageModel(source, text_config, tokenizer, "model.language_model.embed_tokens.weight")
+    return model, config.get("mm_projector_type", "linear")
+
+
+def read_causal_lm(source: Source) -> LanguageModel:
+    """Reads any causal language model of transformers.
+
+    Args:
+        source: the repository.
+
+    Returns:
+        The language model.
+
+    Raises:
+        ConversionError: transformers knows no such causal language model, or files are missing or damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # configurations of other kinds fail in their own ways
+        raise ConversionError(
+            f"{source.name} is no causal language model that transformers knows: {_first_line(error)} Pass another "
+            "--text."
+        ) from error
+    config._name_or_path = ""  # else the folder's path would be saved with the new model
+    names = {id(module): name for name, module in causal.named_modules()}
+    table = build_causal_lm_map(causal.base_model_prefix, names[id(causal.get_output_embeddings())])
+    source.open()
+    source.rename(table)
+    embeddings = table.rename(f"{names[id(causal.get_input_embeddings())]}.weight")
+    return LanguageModel(source, config, load_tokenizer(source, config), embeddings)
+
+
+def load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that the language model was trained with; it pads on the left, as generation needs.
+
+    AutoTokenizer loses SentencePiece's leading space on a repository whose model_type is "llava" and whose tokenizer
+    is in the old format; LlamaTokenizer with `legacy=False` gives the original ids. Files of early 2023 leave special
+    tokens empty in `tokenizer_config.json`; those of `special_tokens_map.json` count then, as in transformers 4.28.
+    """
+    settings["padding_side"] = "left"  # only what is given here is saved again
+    files = [source.folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if all(path.is_file() for path in files):
+        written, mapped = map(read_json, files)
+        for key in ("bos_token", "eos_token", "unk_token"):
+            token = mapped.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if written.get(key) == "" and token:
+                settings[key] = token
+    try:
+        if config.model_type == "llama" and (source.folder / "tokenizer.model").is_file():
+            return LlamaTokenizer.from_pretrained(source.folder, legacy=False, **settings)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **settings)
+    except Exception as error:  # errors of sentencepiece, tokenizers and transformers have no common base
+        raise ConversionError(
+            f"the tokenizer of {source.name} cannot be loaded: {_first_line(error)} Get its files again."
+        ) from error

@@ -1,0 +1,1 @@
+"""The Hub, and what a checkpoint is and whether it is sound."""

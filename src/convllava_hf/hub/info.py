@@ -1,0 +1,233 @@
+"""What a checkpoint is, from its small files and the headers of its weights; original-format ones too.
+
+No weights are read: of a repository on the Hub a few kilobytes per weight file are fetched. No code that comes with a
+checkpoint runs.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from huggingface_hub import HfApi, HfFileSystem, is_offline_mode, snapshot_download
+
+from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens
+from ..checkpoints.code_files import list_code_files
+from ..checkpoints.reading import WEIGHT_FILES, read_json
+from ..checkpoints.shapes import BITSANDBYTES, count_parameters, find_quantization, read_header
+from ..checkpoints.weight_maps import ConversionError
+from ..shipped import CHAT_TEMPLATES
+from ..training.plans import PARTS
+from .client import explain_errors, list_remote
+
+
+# What `info` fetches of a repository; a tokenizer is megabytes and tells nothing here.
+SMALL_FILES = ("config.json", "*_config.json", "*.index.json", "conversion_report.json", "*.jinja", "README.md", "*.py")
+
+
+# Bytes per weight. bitsandbytes quantises the linear layers of the language model; nf4 has a float32 for every 64.
+BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "8-bit": (1, 2), "4-bit": (0.5 + 4 / 64, 2)}
+
+
+NOT_QUANTIZED = re.compile(r"embed|wte|lm_head|norm")
+
+
+@dataclass
+class CheckpointInfo:
+    """What a checkpoint is.
+
+    Attributes:
+        name: Hub id or folder.
+        kind: in words.
+        tensors: number of stored tensors.
+        parts: part -> parameters.
+        dtypes: dtype -> stored numbers.
+        image_tokens: height and width in pixels, tokens.
+        quantization: method, if the weights are quantised. By another one than bitsandbytes, `parts` has numbers as
+            they are stored, which may be several weights each.
+        stored_bytes: of the weights as they are.
+        memory: precision -> bytes of the weights alone.
+        chat_template: name of the template, `"its own"` or `None`.
+        recipe: that it was trained with, if its card says.
+        provenance: a line per source.
+        code: code file -> state, see `registration.list_code_files`.
+    """
+
+    name: str
+    kind: str
+    tensors: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    image_tokens: list[tuple[int, int, int]] = field(default_factory=list)
+    quantization: str | None = None
+    stored_bytes: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    chat_template: str | None = None
+    recipe: str | None = None
+    provenance: list[str] = field(default_factory=list)
+    code: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        parts = ", ".join(f"{part} {count:,}" for part, count in self.parts.items())
+        dtypes = f"{', '.join(self.dtypes)}, {format_size(self.stored_bytes)}"
+        if self.quantization:
+            dtypes += f", quantised by {self.quantization}"
+        what = "parameters" if self.memory else "numbers"
+        rows = [
+            ("kind", self.kind),
+            (what, f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
+            ("stored as", dtypes),
+            ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in self.memory.items())),
+            ("images", ", ".join(f"{height}x{width}: {tokens} tokens" for height, width, tokens in self.image_tokens)),
+            ("template", self.chat_template or "none"),
+            ("recipe", self.recipe or "not recorded"),
+            ("from", "; ".join(self.provenance) or "not recorded"),
+        ]
+        if self.code:
+            states = {state: [name for name in self.code if self.code[name] == state] for state in self.code.values()}
+            if set(states) == {"same"}:
+                rows.append(("code", "equal to the installed version"))
+            else:
+                rows += [("code", f"{state}: {', '.join(names)}") for state, names in states.items() if state != "same"]
+        return "\n".join([self.name, *(f"  {name:10}  {value}" for name, value in rows if value)])
+
+
+def format_size(size: int) -> str:
+    """A number of bytes in GB, or MB below one."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def describe_checkpoint(source: str | Path, revision: str | None = None, token: str | None = None) -> CheckpointInfo:
+    """Finds out what a checkpoint is, without its weights.
+
+    Args:
+        source: folder, or Hub id.
+        revision: branch, tag or commit on the Hub.
+        token: of the Hub. Default: that of `hf auth login`.
+
+    Returns:
+        The description.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached.
+        ConversionError: no configuration or no weights, or files that are damaged.
+    """
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir():
+        if revision is not None:
+            raise ConversionError(f"{source} is a folder; revision {revision!r} needs a Hub id. Leave it out.")
+        names = {path.name for path in folder.iterdir()}
+        return _describe(str(source), folder, names, lambda name: open(folder / name, "rb"))
+    repo_id = str(source)
+    if is_offline_mode():  # what is in the cache is a folder
+        with explain_errors(f"looking at {repo_id}", token):
+            folder = Path(snapshot_download(repo_id, revision=revision))
+            return _describe(
+                repo_id, folder, {path.name for path in folder.iterdir()}, lambda n: open(folder / n, "rb")
+            )
+    with explain_errors(f"looking at {repo_id}", token):
+        api = HfApi(token=token)
+        commit, there = list_remote(api, repo_id, revision or "main", must_exist=True)
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=list(SMALL_FILES), token=token))
+        system = HfFileSystem(endpoint=api.endpoint, token=token)
+
+        def open_remote(name: str) -> BinaryIO:
+            return system.open(f"{repo_id}/{name}", "rb", revision=commit, block_size=2**18)
+
+        return _describe(f"{repo_id} at {commit[:12]}", folder, set(there), open_remote)
+
+
+def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str], BinaryIO]) -> CheckpointInfo:
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    is_original = "mm_vision_tower" in config
+    info = CheckpointInfo(name, f"{kind} ({', '.join(config.get('architectures') or ['no architecture named'])})")
+    if is_original:
+        info.kind = f"original format ({', '.join(config.get('architectures') or [])}), to be converted; tower: "
+        info.kind += str(config["mm_vision_tower"])
+        info.image_tokens = _guess_image_tokens(str(config["mm_vision_tower"]))
+    elif kind in CONFIG_CLASSES:
+        info.image_tokens = list_image_tokens(CONFIG_CLASSES[kind].from_pretrained(folder))
+    tensors = {}
+    for file in _list_weight_files(folder, names):
+        with open_file(file) as content:
+            tensors |= read_header(content, file)
+    default = "vision tower" if kind == "convnext" else "language model"
+    parts, dtypes, quantized = Counter(), Counter(), 0
+    info.quantization = find_quantization(config)
+    counts = count_parameters(tensors)
+    for tensor, stored in tensors.items():
+        dtypes[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+        if tensor not in counts:
+            continue
+        part = next((part for part, pattern in PARTS.items() if re.search(pattern, tensor)), default)
+        part = "projector" if "mm_projector" in tensor else part
+        count = counts[tensor]
+        parts[part] += count
+        if part == "language model" and len(stored.shape) == 2 and not NOT_QUANTIZED.search(tensor):
+            quantized += count
+    info.tensors, info.dtypes = len(tensors), dict(dtypes)
+    info.parts = {part: parts[part] for part in PARTS if parts[part]}
+    total = sum(parts.values())
+    info.stored_bytes = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
+    if info.quantization in (None, BITSANDBYTES):  # how others count is not known here
+        info.memory = {
+            key: round(small * quantized + large * (total - quantized)) for key, (small, large) in BYTES.items()
+        }
+    info.chat_template = _name_template(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    recipe = re.search(r"^\| recipe \| (.+?) \|$", card, re.MULTILINE)
+    info.recipe = recipe[1] if recipe else None
+    if (folder / "conversion_report.json").is_file():
+        report = read_json(folder / "conversion_report.json")
+        info.provenance = [
+            f"{part['role']} {part['name']}" + (f" at {part['revision'][:12]}" if part["revision"] else "")
+            for part in report.get("sources", [])
+        ]
+    info.code = list_code_files(folder)
+    return info
+
+
+def _guess_image_tokens(tower: str) -> list[tuple[int, int, int]]:
+    """Tokens of the released towers, by what their names say: the tower lies in another repository."""
+    if match := re.search(r"ConvNeXt-(\d+)$", tower):
+        side = int(match[1])
+        return [(side, side, (side // 64) ** 2)]
+    if match := re.search(r"patch(\d+)(?:-(\d+))?$", tower):
+        side = int(match[2] or 224)
+        return [(side, side, (side // int(match[1])) ** 2)]
+    return []
+
+
+def _name_template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    if text is None and (folder / "tokenizer_config.json").is_file():
+        text = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not text:
+        return None
+    # The conversion writes settings of the checkpoint in front of a template.
+    templates = {path.stem: path.read_text(encoding="utf-8").rstrip() for path in CHAT_TEMPLATES.glob("*.jinja")}
+    return next((name for name, template in templates.items() if text.rstrip().endswith(template)), "its own")
+
+
+def _list_weight_files(folder: Path, names: set[str]) -> list[str]:
+    found = next((name for name in WEIGHT_FILES if name in names), None)
+    if found is None:
+        raise ConversionError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}.")
+    if not found.endswith(".json"):
+        return [found]
+    files = sorted(set(read_json(folder / found).get("weight_map", {}).values()))
+    for file in files:
+        if file not in names:
+            raise ConversionError(f"{file} is missing; {found} lists it. Get the missing shard.")
+    return files

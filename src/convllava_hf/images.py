@@ -1,0 +1,323 @@
+"""Images: opened from anywhere as plain RGB, in the columns of datasets, measured, and kept within budgets of tokens.
+
+A dataset has a list of images in the column `images`, or one in the column `image`, as in TRL. It may have both, as
+where two kinds are joined; in a row with an `image` that one counts. Sizes are in pixels; a token stands for a square
+cell of `downsampling_factor` pixels a side.
+
+Notation: `H, W` pixels.
+"""
+
+import base64
+import binascii
+import math
+import os
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# The HTTP client that transformers itself fetches images with: its distribution differs between versions.
+from transformers.image_utils import httpx
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+# Longer sides are shrunk to this: square padding of a 65,535 x 1 image would take 13 GB, and models see far less.
+MAX_SIDE = 16384
+ImageSource = str | Path | bytes | Image.Image
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message starts with the image's name: its path, URL or kind."""
+
+
+def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
+    """Reads an image from anywhere and makes plain RGB of it.
+
+    The EXIF orientation is applied, transparent pixels become white, 16-bit and floating-point values are scaled to 8
+    bits, and of an animation the first frame counts (of a Pillow image the current one). Sides beyond 16,384 pixels
+    are shrunk to that. The limit on pixels is Pillow's own, `PIL.Image.MAX_IMAGE_PIXELS`; `None` lifts it.
+
+    Args:
+        source: path, `http(s)://` URL, `data:` URI, the bytes of an image file, or a Pillow image (left unchanged).
+        timeout: seconds for a whole download.
+
+    Returns:
+        A new Pillow image of mode RGB, upright.
+
+    Raises:
+        ImageError: the source does not exist, cannot be fetched, is no image, is broken, holds values of an unknown
+            range, or has more pixels than the limit.
+    """
+    name = _name_image(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        file = BytesIO(source)
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        file = BytesIO(_download(source, name, timeout))
+    elif isinstance(source, str) and source.startswith("data:"):
+        file = BytesIO(_decode_data_uri(source, name))
+    elif isinstance(source, str | Path):
+        file = Path(os.path.expanduser(source))
+        if not os.path.isfile(file):  # which, unlike Path.is_file, takes names of any length
+            raise ImageError(f"{name}: {'this is a folder' if os.path.isdir(file) else 'no such file'}")
+    else:
+        raise ImageError(f"{name}: expected a path, a URL, a data URI, bytes or a Pillow image")
+    try:
+        image = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except PermissionError as error:
+        raise ImageError(f"{name}: permission denied") from error
+    except Exception as error:  # readers of broken headers raise whatever comes of it
+        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+    with image:
+        return _decode(image, name)
+
+
+def _name_image(source) -> str:
+    """What to call an image in a message."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return f"{source[:30]}..."
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"image of {len(source)} bytes"
+    return getattr(source, "filename", "") or f"image of type {type(source).__name__}"
+
+
+def _download(url: str, name: str, timeout: float) -> bytes:
+    """Fetches a URL with limits on time and size; raises ImageError."""
+    deadline = time.monotonic() + timeout
+    data = bytearray()
+    headers = {"User-Agent": f"convllava-hf/{__version__}"}  # some hosts refuse the client's own
+    try:
+        with httpx.stream("GET", url, timeout=timeout, follow_redirects=True, headers=headers) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > MAX_DOWNLOAD_BYTES:
+                    raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; pass a path")
+                if time.monotonic() > deadline:
+                    raise ImageError(f"{name}: the download took longer than {timeout:g} seconds")
+    except httpx.HTTPStatusError as error:
+        raise ImageError(f"{name}: HTTP status {error.response.status_code}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ImageError(f"{name}: cannot be fetched ({error or type(error).__name__})") from error
+    return bytes(data)
+
+
+def _decode_data_uri(uri: str, name: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ImageError(f"{name}: expected data:image/...;base64,...")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"{name}: broken base64 ({error})") from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decodes an opened image, upright and in RGB; raises ImageError."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels are more than the limit of {limit}, a guard against "
+            "decompression bombs; shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        )
+    try:
+        image.load()
+        image = _convert_to_rgb(_turn_upright(image), name)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders of broken data raise whatever comes of it
+        raise ImageError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or repr(error)})") from error
+    if max(image.size) > MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF is common, and says nothing about the pixels
+        return image
+
+
+def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image; Pillow's own conversion would clip deep pixels and show what transparency hides."""
+    if image.mode.startswith(("I", "F")):
+        image = _scale_to_8_bits(image, name)
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey pixels of 16 bits, of integers or of floating point as mode L; raises ImageError for an unknown range."""
+    pixels = np.asarray(image)  # (H, W)
+    low, high = pixels.min(), pixels.max()
+    if image.mode.startswith("I;16"):
+        scale = 255 / 65535
+    elif low >= 0 and high <= (1 if image.mode == "F" else 255):
+        scale = 255 if image.mode == "F" else 1
+    elif low >= 0 and high <= 255:
+        scale = 1
+    elif low >= 0 and high <= 65535:
+        scale = 255 / 65535
+    else:  # negative values, NaN among them, or more than 16 bits
+        raise ImageError(f"{name}: pixel values from {low} to {high}; expected 0 to 1 (floating point), 255 or 65535")
+    return Image.fromarray(np.rint(pixels.astype(np.float32) * scale).astype(np.uint8))
+
+
+# ---- the images of a dataset's rows
+
+COLUMNS = ("images", "image")
+
+
+def undecode_images(dataset: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
+    """The same rows with images as `{"bytes", "path"}`: to read headers, take hashes, or name the row that fails.
+
+    Columns that convert their images on decoding (`Image(mode=...)`) stay as they are.
+
+    Args:
+        dataset: with any of the columns, or none.
+
+    Raises:
+        ValueError: a column that holds something else.
+    """
+    from datasets import Image as ImageFeature
+    from datasets import LargeList, List
+
+    for column in COLUMNS:
+        if column not in (dataset.column_names or []):
+            continue
+        feature = (dataset.features or {}).get(column)
+        is_list = isinstance(feature, (List, LargeList))
+        if getattr(feature.feature if is_list else feature, "mode", None):
+            continue
+        is_list = is_list or (column == "images" and not isinstance(feature, ImageFeature))
+        undecoded = ImageFeature(decode=False)
+        try:
+            dataset = dataset.cast_column(column, List(undecoded) if is_list else undecoded)
+        except Exception as error:  # those of arrow and of datasets have no common base
+            raise ValueError(f"the column {column!r} holds {feature}; expected images or lists of them.") from error
+    return dataset
+
+
+def list_images(row: dict) -> list:
+    """The images of a row, decoded or not; empty where it has none."""
+    found = row["image"] if row.get("image") is not None else row.get("images")
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return [image for image in found if image is not None]
+
+
+def read_size(image: dict | Image.Image) -> tuple[int, int]:
+    """Height and width in pixels, of an undecoded image from its first bytes.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    try:
+        with Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+            return opened.height, opened.width
+    except Exception as error:  # Pillow raises whatever a broken file makes its decoders stumble over
+        raise ValueError(_say_why(image, error)) from error
+
+
+def decode_image(image: dict | Image.Image) -> Image.Image:
+    """The image, upright, as `datasets` decodes it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not isinstance(image, dict):
+        return image
+    from datasets import Image as ImageFeature
+
+    try:
+        return ImageFeature().decode_example(image)
+    except Exception as error:  # see above
+        raise ValueError(_say_why(image, error)) from error
+
+
+def _say_why(image: dict, error: Exception) -> str:
+    if not image["bytes"] and not image["path"]:
+        return "it has neither bytes nor a path"
+    return f"{error or type(error).__name__}"
+
+
+# ---- how many tokens an image may take
+
+
+def limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
+    """Settings of the image processor under which no image takes more than `max_image_tokens`.
+
+    `native` has such a budget. `pad` and `squash` keep the preprocessing that the model was trained with, at the
+    largest size of the same shape that fits.
+
+    Args:
+        image_processor: of a checkpoint of ours; stays as it is.
+        max_image_tokens: most tokens of an image.
+
+    Returns:
+        Keyword arguments for a call of the image processor.
+
+    Raises:
+        ValueError: fewer than one token, or an image processor whose images have a fixed number of tokens.
+    """
+    if max_image_tokens < 1:
+        raise ValueError(f"max_image_tokens={max_image_tokens}; expected 1 or more.")
+    _check_that_sizes_vary(image_processor, f"max_image_tokens={max_image_tokens}")
+    factor, size = image_processor.downsampling_factor, image_processor.size
+    rows, columns = size["height"] // factor, size["width"] // factor
+    if image_processor.image_aspect_ratio == "native":
+        budget = min(max_image_tokens, image_processor.max_image_tokens or rows * columns)
+        return {"max_image_tokens": budget, "min_image_tokens": min(image_processor.min_image_tokens, budget)}
+    scale = min(1.0, math.sqrt(max_image_tokens / (rows * columns)))
+    shorter = max(1, math.floor(min(rows, columns) * scale + 1e-9))
+    longer = min(math.floor(max(rows, columns) * scale + 1e-9), max_image_tokens // shorter)
+    rows, columns = (shorter, longer) if rows <= columns else (longer, shorter)
+    return {"size": {"height": rows * factor, "width": columns * factor}}
+
+
+def set_image_size(image_processor, side: int) -> None:
+    """Sets the square that images are padded or squashed to; for `native` that square is the budget.
+
+    Args:
+        image_processor: of a checkpoint of ours; is changed.
+        side: of the square.
+
+    Raises:
+        ValueError: not a multiple of the cell's side, or an image processor whose images have a fixed size.
+    """
+    _check_that_sizes_vary(image_processor, f"image_size={side}")
+    factor = image_processor.downsampling_factor
+    if side < factor or side % factor:
+        raise ValueError(f"image_size={side}; expected a multiple of {factor}, the side of a token's cell in pixels.")
+    image_processor.size = type(image_processor.size)(height=side, width=side)
+    if image_processor.image_aspect_ratio == "native":
+        image_processor.max_image_tokens = None
+        image_processor.min_image_tokens = min(image_processor.min_image_tokens, (side // factor) ** 2)
+
+
+def _check_that_sizes_vary(image_processor, setting: str):
+    if not hasattr(image_processor, "num_image_tokens"):
+        raise ValueError(
+            f"{setting} is not supported by {type(image_processor).__name__}: its images have a fixed number of "
+            "tokens. Leave it out, or take a checkpoint with a convolutional tower."
+        )

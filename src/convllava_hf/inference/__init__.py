@@ -1,0 +1,1 @@
+"""Loading a checkpoint and answering with it."""

@@ -1,0 +1,299 @@
+"""Answers questions about images, whole or piece by piece."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event, Thread
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from ..images import ImageSource, limit_image_tokens, load_image
+
+
+logger = logging.get_logger(__name__)
+
+
+DEFAULT_NEW_TOKENS = 512
+
+
+# What ends a turn in the chat templates that have no token for it.
+TEXT_END = "###"
+
+
+@dataclass
+class AnswerStats:
+    """What an answer took. Filled while it is generated.
+
+    Args:
+        prompt_tokens: `S`.
+        image_tokens: how many of them stand for images.
+        new_tokens: tokens generated so far, the end token included.
+        seconds_to_first_token: from the call of `answer` on: loading images, the vision tower, the prompt.
+        seconds: from the call of `answer` to the end.
+        finish_reason: `"stop"` (the model ended), `"length"` (cut at `max_new_tokens`) or `"interrupted"` (by the
+            consumer or an error); `None` before the end.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int = 0
+    seconds_to_first_token: float | None = None
+    seconds: float | None = None
+    finish_reason: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token; `None` for less than two tokens."""
+        if self.new_tokens < 2 or self.seconds is None:
+            return None
+        return (self.new_tokens - 1) / max(self.seconds - self.seconds_to_first_token, 1e-9)
+
+
+class AnswerStream(Iterator[str]):
+    """Iterates over the pieces of one answer as soon as they exist. Made by `answer(..., stream=True)`.
+
+    Generation starts with the first `next()` and runs in a thread. `close()`, Ctrl-C in the consumer and dropping the
+    object stop it after the current token. What fails in the thread is raised from `next()`.
+
+    Attributes:
+        text: the answer so far.
+        stats: see [`AnswerStats`].
+        messages: the chat up to here, the question last; see `history`.
+    """
+
+    def __init__(self, pieces: Iterator[str], messages: list[dict], stats: AnswerStats):
+        self._pieces, self.messages, self.stats, self.text = pieces, messages, stats, ""
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    @property
+    def history(self) -> list[dict]:
+        """The chat with the answer so far: the `history` of the next question."""
+        return [*self.messages, make_message("assistant", self.text)]
+
+    def close(self) -> None:
+        """Stops the generation and waits for its thread."""
+        self._pieces.close()
+
+
+class _TextPieces(BaseStreamer):
+    """Cuts generated tokens into text. transformers' own streamers hold each word back until the next one begins.
+
+    White space around the answer is dropped, and half a character waits for its other tokens.
+    """
+
+    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float, end: str):
+        self.tokenizer, self.queue, self.stats, self.started, self.end_of_turn = tokenizer, queue, stats, started, end
+        self.tokens, self.length, self.in_prompt = [], 0, True
+
+    def put(self, value):
+        if self.in_prompt:  # generate() hands over the prompt first
+            self.in_prompt = False
+            return
+        if self.stats.seconds_to_first_token is None:
+            self.stats.seconds_to_first_token = time.perf_counter() - self.started
+        self.tokens += value.flatten().tolist()
+        self.stats.new_tokens = len(self.tokens)
+        text = _decode_tokens(self.tokenizer, self.tokens, self.end_of_turn).rstrip("\N{REPLACEMENT CHARACTER}")
+        self._emit(text.rstrip(self.end_of_turn).rstrip())  # the beginning of an end waits too
+
+    def end(self):
+        self._emit(_decode_tokens(self.tokenizer, self.tokens, self.end_of_turn))
+
+    def _emit(self, text: str):
+        if len(text) > self.length:
+            self.queue.put(text[self.length :])
+            self.length = len(text)
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def _decode_tokens(tokenizer, tokens, end: str) -> str:
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    return text.removesuffix(end).rstrip()
+
+
+def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float, end: str) -> Iterator[str]:
+    """Runs generate() in a thread and yields its text; closing the generator ends the thread."""
+    queue, stop, item = SimpleQueue(), Event(), ""
+    criteria = [*(arguments.get("stopping_criteria") or []), _StopWhenSet(stop)]
+    streamer = _TextPieces(tokenizer, queue, stats, started, end)
+
+    def generate():
+        try:
+            model.generate(**arguments | {"streamer": streamer, "stopping_criteria": criteria})
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+
+    thread = Thread(target=generate, name="convllava-generate", daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+        stats.seconds = time.perf_counter() - started
+        if item is not None:
+            stats.finish_reason = "interrupted"
+        else:
+            ends = model.generation_config.eos_token_id
+            cut = stats.new_tokens >= arguments["generation_config"].max_new_tokens
+            cut = cut and streamer.tokens[-1] not in (ends if isinstance(ends, list) else [ends])
+            cut = cut and not (end and tokenizer.decode(streamer.tokens).endswith(end))
+            stats.finish_reason = "length" if cut else "stop"
+
+
+def make_message(role: str, text: str, images: Iterable[ImageSource] = ()) -> dict:
+    """One message of a chat, images first.
+
+    Args:
+        role: `"user"`, `"assistant"` or `"system"`.
+        text: what is said.
+        images: what `load_image` takes; they are loaded here.
+
+    Returns:
+        `{"role": ..., "content": [{"type": "image", "image": ...}, ..., {"type": "text", "text": ...}]}`.
+
+    Raises:
+        ImageError: an image cannot be used.
+    """
+    content = [{"type": "image", "image": load_image(image)} for image in images]
+    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    question: str,
+    images: ImageSource | Iterable[ImageSource] = (),
+    history: Iterable[dict] = (),
+    max_new_tokens: int | None = None,
+    stream: bool = False,
+    max_image_tokens: int | None = None,
+    temperature: float = 0.0,
+    **generation_kwargs,
+) -> str | AnswerStream:
+    """Answers a question about images, or about none.
+
+    Args:
+        model, processor: from `load`.
+        question: the text of the question, without image placeholders.
+        images: one image or several, as `load_image` takes them. They go before the question.
+        history: the chat so far, for example a previous stream's `history`; its images are loaded as well.
+        max_new_tokens: longest answer in tokens. Default: 512, or what the model's context leaves.
+        stream: return the answer piece by piece.
+        max_image_tokens: most tokens that one image may take; fewer are faster and see less. With
+            `image_aspect_ratio="native"` this is the budget of each image; otherwise the square (or `size`) that the
+            model was trained with shrinks to the largest that fits. Never enlarges.
+        temperature: 0 takes the most likely token each time; above 0 samples.
+        generation_kwargs: more arguments of `generate()`, such as `top_p`, `num_beams` (not with `stream`).
+
+    Returns:
+        The answer without white space around it, or with `stream` an iterator of its pieces.
+
+    Raises:
+        ImageError: an image cannot be used.
+        ValueError: an empty or undecodable question, an image placeholder in the text, a negative temperature, a budget
+            that this processor does not support, or a prompt that leaves no room for `max_new_tokens`: nothing is ever
+            cut off.
+    """
+    started = time.perf_counter()
+    if not question.strip():
+        raise ValueError("the question is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in question):  # how Python reads broken bytes
+        raise ValueError("the question is not valid UTF-8 text.")
+    if generation_kwargs.get("return_dict_in_generate") or generation_kwargs.get("num_return_sequences", 1) != 1:
+        raise ValueError("one answer is given, as text: for num_return_sequences and dictionaries use generate().")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}; expected 0 or more.")
+    images = [images] if isinstance(images, ImageSource | bytearray | memoryview) else images
+    messages = [_load_history(message) for message in history] + [make_message("user", question, images)]
+    inputs = _prepare_inputs(processor, messages, max_image_tokens)
+    stats = AnswerStats(
+        prompt_tokens=inputs["input_ids"].shape[1],
+        image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
+    )
+    config = GenerationConfig(
+        max_new_tokens=_choose_new_tokens(model, stats, max_new_tokens),
+        do_sample=temperature > 0,
+        # Without sampling, generate() warns about any sampling settings of the checkpoint that are not neutral.
+        **({"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
+    )
+    arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
+    arguments |= {"generation_config": config, **inputs.to(model.device, model.dtype)}
+    end = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
+    if end:
+        arguments |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
+    if stream:
+        return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started, end), messages, stats)
+    new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)
+    return _decode_tokens(processor.tokenizer, new_tokens, end)
+
+
+def _load_history(message: dict) -> dict:
+    """A message with its images loaded; `content` may be a string or a list of parts, as for chat templates."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            source = next((part[key] for key in ("image", "url", "path") if key in part), None)
+            part = {"type": "image", "image": load_image(source)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], max_image_tokens: int | None):
+    """Renders, tokenises and processes a chat: one row that ends with the cue for the answer."""
+    for message in messages:
+        if any(processor.image_token in part.get("text", "") for part in message["content"]):
+            raise ValueError(
+                f"the text contains {processor.image_token!r}, which stands for an image; leave it out and pass images "
+                "as images."
+            )
+    settings = {}
+    if max_image_tokens is not None:
+        settings = limit_image_tokens(processor.image_processor, max_image_tokens)
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": settings} if settings else {},
+    )
+
+
+def _choose_new_tokens(model: PreTrainedModel, stats: AnswerStats, max_new_tokens: int | None) -> int:
+    """`max_new_tokens`, or the default for `None`; raises ValueError where the context has no room for it."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; expected 1 or more.")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return max_new_tokens or DEFAULT_NEW_TOKENS
+    if stats.prompt_tokens + (max_new_tokens or 1) > context:
+        answer = f"max_new_tokens={max_new_tokens}" if max_new_tokens else "an answer"
+        raise ValueError(
+            f"the prompt has {stats.prompt_tokens} tokens ({stats.image_tokens} of them for images), which leaves no "
+            f"room for {answer}: the model takes {context} together. Lower max_image_tokens or max_new_tokens, pass "
+            "fewer images, or shorten the text or the history."
+        )
+    return max_new_tokens or min(DEFAULT_NEW_TOKENS, context - stats.prompt_tokens)

@@ -1,0 +1,148 @@
+"""Loads a checkpoint with its processor, onto the best device there is, in a dtype that the device computes fast."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+# The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.
+UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+
+
+def load(
+    model: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a model and its processor, ready to answer.
+
+    Args:
+        model: Hub id or path of a checkpoint.
+        device: such as `"cpu"`, `"cuda:1"`, `"mps"`. Default: the GPUs, and the CPU for what does not fit (accelerate
+            places the layers); without a GPU the CPU.
+        dtype: such as `"bfloat16"`. `"auto"` is the checkpoint's own, but float32 on a CPU that lacks it: torch then
+            computes hundreds of times slower. (Plain `from_pretrained` does not know that: pass `dtype` there.)
+        quantize: `"4bit"` (nf4) or `"8bit"`, through bitsandbytes; the vision tower, the projector and the output layer
+            stay as they are.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the code in the checkpoint, for models that neither transformers nor this package has.
+
+    Returns:
+        The model in evaluation mode and the processor.
+
+    Raises:
+        ValueError: an unknown device, dtype or quantisation, or a checkpoint in the original LLaVA format.
+        ImportError: bitsandbytes is missing.
+        OSError: no such checkpoint.
+    """
+    # The Hub's own message about a path would be that it is no valid repository name.
+    local = Path(os.path.expanduser(model))
+    if local.is_dir():
+        model = local
+    elif local.is_file():
+        raise NotADirectoryError(f"{str(model)!r} is a file; expected the folder of a checkpoint, or a Hub id.")
+    elif local.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {str(local)!r}.")
+    if quantize not in (None, "4bit", "8bit"):
+        raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"quantize={quantize!r} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
+    device_map = _choose_device_map(device)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    except OSError as error:
+        raise OSError(f"cannot load {str(model)!r}: {error}") from error  # without a network it names no model
+    if "mm_vision_tower" in stored:
+        raise ValueError(
+            f"{model} is in the original LLaVA format (config.json names mm_vision_tower); convert it first: "
+            "convllava convert, or convllava_hf.conversion.convert_checkpoint."
+        )
+    dtype = _choose_dtype(dtype, stored, on_cpu=device_map == {"": torch.device("cpu")})
+    processor = AutoProcessor.from_pretrained(model, **source)
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantize:
+        # One line for each layer and token, about a cast that is meant.
+        logging.get_logger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantize == "4bit",
+            load_in_8bit=quantize == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=_get_stored_dtype(stored) if dtype == "auto" else dtype,
+            llm_int8_skip_modules=UNQUANTIZED_MODULES,
+        )
+    model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map, **source, **options)
+    return model.eval(), processor
+
+
+def _choose_device_map(device: str | torch.device | None) -> str | dict[str, torch.device]:
+    """`device_map` for transformers; raises ValueError on a device that torch does not know or does not have."""
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        if available is not None and available.type == "cuda":
+            return "auto"
+        return {"": available or torch.device("cpu")}
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}; expected for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    present = ["cpu"]
+    if available is not None:
+        present += [available.type, *(f"{available.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in present:
+        raise ValueError(f"device={str(device)!r} is not present here; torch sees {', '.join(present)}.")
+    return {"": device}
+
+
+def _get_stored_dtype(stored: dict) -> str | None:
+    """The dtype that a config.json names, under its old or its new key."""
+    return stored.get("dtype") or stored.get("torch_dtype")
+
+
+def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str | torch.dtype:
+    """The dtype to load in: as asked, as stored (`"auto"`), or float32 for a CPU that lacks the stored one.
+
+    Args:
+        dtype: what the caller asked for.
+        stored: the checkpoint's config.json.
+        on_cpu: whether the whole model runs on the CPU.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise ValueError(f"dtype={dtype!r}; expected 'auto', 'bfloat16', 'float16' or 'float32'.")
+        return named
+    if dtype != "auto" or not on_cpu:
+        return dtype
+    name = _get_stored_dtype(stored)
+    # torch has no public name for this check. It is what torch itself asks before it hands a product to oneDNN;
+    # everywhere else half precision runs through a fallback loop.
+    checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    if name is None:
+        return torch.float32
+    if name not in checks or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, checks[name])()):
+        return "auto"
+    logger.warning(f"Loading in float32 instead of {name}, which this CPU lacks and computes far slower.")
+    return torch.float32

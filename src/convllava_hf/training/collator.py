@@ -1,0 +1,102 @@
+"""Batches of rows of images and text: long rows are cut without cutting images, and a row that is wrong is named.
+
+Notation: `B` rows of a batch, `S` tokens per row, `I` images of a batch, `H, W` pixels.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import logging
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..images import COLUMNS, decode_image, list_images
+from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
+    """TRL's collator, which cuts long rows without cutting images and names the row where something is wrong.
+
+    Args:
+        max_tokens: longest row; `None` cuts nothing. (TRL's `max_length` also cuts through images.)
+        image_token_id: id of the placeholder.
+        raw_pixels: leave `pixel_values` as bytes, 0 to 255.
+        vision_cache: give features of the tower instead of pixels; images must come undecoded.
+
+    Raises:
+        ValueError: a row whose images do not fit into `max_tokens`, or that cannot be prepared.
+    """
+
+    max_tokens: int | None = None
+    image_token_id: int | None = None
+    raw_pixels: bool = False
+    vision_cache: VisionCache | None = None
+    is_cached: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        if self.vision_cache is not None:
+            self.processor = copy.copy(self.processor)
+            self.processor.image_processor = CachedImageProcessor(self.processor.image_processor, self.vision_cache)
+            self.vision_cache = None
+            self.is_cached = True
+        elif self.raw_pixels:
+            self.processor = copy.deepcopy(self.processor)
+            self.processor.image_processor.do_rescale = self.processor.image_processor.do_normalize = False
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        """Prepares a batch: `input_ids`, `attention_mask`, `labels` `(B, S)`, `pixel_values` `(I, 3, H, W)`, ..."""
+        examples = [self._prepare_images(example) for example in examples]
+        try:
+            batch = super().torch_call(examples)
+        except (ValueError, OSError) as error:
+            for example in examples:
+                try:
+                    super().torch_call([example])
+                except (ValueError, OSError) as cause:
+                    raise ValueError(f"cannot prepare {describe_row(example)}: {cause}") from cause
+            raise error
+        self._cut(batch, examples)
+        for example, labels in zip(examples, batch["labels"], strict=True):
+            if not (labels != -100).any():
+                logger.warning(f"no token to train on in {describe_row(example)}; it only takes time.")
+        return batch
+
+    def _prepare_images(self, example: dict) -> dict:
+        """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
+        if not set(COLUMNS) & example.keys():
+            return example
+        decode = make_stand_in if self.is_cached else decode_image
+        try:
+            images = [decode(image) for image in list_images(example)]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read an image of {describe_row(example)}: {error}") from error
+        return {**{key: value for key, value in example.items() if key not in COLUMNS}, "images": images}
+
+    def _cut(self, batch: dict, examples: list[dict]) -> None:
+        """Cuts the batch to `max_tokens` columns; padding is on the right."""
+        length = batch["input_ids"].shape[1]
+        if self.max_tokens is None or length <= self.max_tokens:
+            return
+        cut_images = (batch["input_ids"][:, self.max_tokens :] == self.image_token_id).any(1)
+        for example, is_cut in zip(examples, cut_images.tolist(), strict=True):
+            if is_cut:
+                raise ValueError(
+                    f"max_length={self.max_tokens} would cut an image of {describe_row(example)}: raise max_length, "
+                    "give images fewer tokens (image_size), or leave the row out."
+                )
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (len(examples), length):
+                batch[key] = value[:, : self.max_tokens]
+
+
+def describe_row(example: dict) -> str:
+    """A row by the beginning of its first message, and its number of images."""
+    content = (example.get("messages") or example.get("prompt") or [{}])[0]
+    content = content.get("content", "") if isinstance(content, dict) else content
+    if not isinstance(content, str):
+        content = " ".join(part.get("text") or "" for part in content)
+    return f"the row that begins {content[:60]!r} ({len(list_images(example))} images)"

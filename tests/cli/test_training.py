@@ -1,0 +1,67 @@
+"""The commands around training: what they print, and how they fail."""
+
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_data import save_tiny_llava
+from typer.testing import CliRunner
+
+from convllava_hf.cli.app import app
+from convllava_hf.shipped import list_files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(*arguments) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+def test_plan_prints_what_is_trained(checkpoint):
+    code, text = run("plan", checkpoint, "--stage", 2, "--vision-from", "stage4", "--dtype", "bfloat16")
+    assert code == 0
+    rows = {line.rsplit(maxsplit=3)[0].strip(): line.split()[-3:] for line in text.splitlines()[1:10]}
+    assert rows["vision tower, stage 3"][0] == "0" and rows["vision tower, stage 4"][1] == "0"
+    assert rows["language model"][1] == "0" and rows["all"][0] != "0"
+    assert (
+        r"trainable: ['multi_modal_projector\.', '(language_model|lm_head)\.', 'vision_tower\..*stages\.[34]\.']"
+        in text
+    )
+
+
+def test_plan_refuses_what_is_not_there(checkpoint):
+    code, text = run("plan", checkpoint, "--stage", 4)
+    assert code == 2 and text.startswith("error: stage=4; expected 1 (projector initialisation), 2 (pretraining) or 3")
+    code, text = run("plan", checkpoint, "--stage", 2, "--dtype", "int8")
+    assert code == 2 and "dtype='int8'; expected float32, bfloat16 or float16" in text
+
+
+def test_recipes_are_listed_found_and_shown():
+    code, text = run("recipe")
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list(list_files("recipe"))
+    code, text = run("recipe", "convllava_stage2")
+    assert code == 0 and Path(text.strip()).is_file()
+    assert run("recipe", "convllava_stage2", "--show")[1].strip() == Path(text.strip()).read_text().strip()
+    code, text = run("recipe", "nothing")
+    assert code == 2 and "no recipe 'nothing'; expected a YAML file or one of: convllava_stage1" in text
+
+
+def test_train_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("learning_rate: 1.0e-3\noutput_dir: out\n")
+    monkeypatch.chdir(tmp_path)
+    code, text = run("train", tmp_path / "mine.yaml", "--bf16", "false")
+    assert code == 2 and text.strip().splitlines()[-1].startswith("error: no model to train: pass")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
+
+
+def test_plan_of_other_models_prints_what_they_take(tmp_path, checkpoint):
+    llava = save_tiny_llava(tmp_path / "llava")
+    for stage in (1, 3):
+        code, text = run("plan", llava, "--stage", stage)
+        assert code == 0 and "optim_target_modules: ['multi_modal_projector" in text and "init_kwargs" not in text
+    code, text = run("plan", checkpoint, "--stage", 3, "--vision-from", "stage4")
+    assert code == 2 and "--vision-from stage4 is for stage 2" in text

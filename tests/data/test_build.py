@@ -1,0 +1,668 @@
+"""LLaVA-format JSON to datasets: every row is either there or named, whatever happens in between."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from PIL import Image
+from tiny_data import make_png
+from transformers import AutoProcessor
+
+from convllava_hf.data import build as building
+from convllava_hf.data import rows as llava_rows
+from convllava_hf.data.build import build_dataset
+from convllava_hf.data.check import check_dataset
+from convllava_hf.data.rows import (
+    BadRow,
+    check_messages,
+    convert_row,
+    count_tokens,
+    find_image,
+    iterate_json,
+    split_content,
+)
+from convllava_hf.data.sources import Source, read_mixture
+from convllava_hf.shipped import list_files, read_chat_template
+
+
+def talk(*values: str, image=None, **more) -> dict:
+    """A row in LLaVA's form: questions and answers in turn."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return {"id": "x", **({} if image is None else {"image": image}), "conversations": turns, **more}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder of images: whole ones of three formats, and broken ones."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.png").write_bytes(make_png(40, 30, 0))
+    (folder / "sub" / "b.png").write_bytes(make_png(30, 60, 1))
+    file = io.BytesIO()
+    Image.open(folder / "a.png").save(file, "JPEG")
+    (folder / "c.jpg").write_bytes(file.getvalue())
+    (folder / "short.jpg").write_bytes(file.getvalue()[:-200])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("<html>404</html>")
+    return folder
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def build(sources, output: Path, **kwargs) -> building.DataReport:
+    return build_dataset(sources, output, show_progress=False, **kwargs)
+
+
+GOOD = [
+    talk("<image>\nWhat?", "This.", "And [0.1, 0.25, 0.5, 0.75]?", "That.", image="a.png"),
+    talk("Why?", "Because."),
+    talk("Compare <image> and <image>.", "Same.", image=["sub/b.png", "c.jpg"]),
+    talk("Describe.\n<image>", "A box at [12, 20, 30, 40].", image="c.jpg"),
+]
+
+
+# ---- reading JSON
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_rows_are_read_whatever_the_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(llava_rows, "BLOCK", block)
+    rows = [talk('ä\\"{]}[', "日本 \U0001f600"), talk("x" * 50, "y"), {}, 12, "a]", None, [1, [2]], 1.5e3]
+    forms = [json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False), "\ufeff \n" + json.dumps(rows) + "\n\n"]
+    for text in forms:
+        (tmp_path / "x.json").write_text(text, encoding="utf-8")
+        assert [json.loads(row) for row, _ in iterate_json(tmp_path / "x.json")] == rows
+    rows = [row for row in rows if isinstance(row, dict)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert [json.loads(row) for row, _ in iterate_json(tmp_path / "x.jsonl")] == rows
+    (tmp_path / "x.json").write_text("[ ]")
+    assert list(iterate_json(tmp_path / "x.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('[{"a": 1}, {"b": 2}', "after row 1: expected ',' or ']', but the file ends; is it complete"),
+        ('[{"a": 1}, {"b": "so', "row 1: .*the file ends inside of it; is it complete"),
+        ('[{"a": 1}, {"b" 2}, {}, {}, {}, {}, {}, {}, {}]', "row 1: no valid JSON near .*Expecting ':' delimiter"),
+        ('[{"a": 1} {"b": 2}]', "after row 0: expected ',' or ']', but found '{'"),
+        ('[{"a": 1},]', "row 1: no valid JSON"),
+        ('[{"a": 1}] x', "goes on after the end"),
+        ("<html>", "begins with '<html>'; expected a JSON list, or one JSON object per line"),
+        ("", "begins with ''"),
+    ],
+)
+def test_broken_json_is_named(tmp_path, text, error):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=f"x.json.*{error}"):
+        list(iterate_json(tmp_path / "x.json"))
+
+
+def test_the_working_directory_is_a_root_like_any_other(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert find_image("a.png", Path(".")) == root / "a.png"
+    with pytest.raises(BadRow, match="lies outside"):
+        find_image("../a.png", Path("."))
+
+
+def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_bytes('[{"a": "ä"}]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x.json, row 0: is not UTF-8"):
+        list(iterate_json(tmp_path / "x.json"))
+    monkeypatch.setattr(llava_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(llava_rows, "BLOCK", 100)
+    (tmp_path / "x.json").write_text('[{"a": 1}, {"b": "' + "x" * 10**6)
+    with pytest.raises(ValueError, match="row 1: no valid JSON near .*Unterminated string"):
+        list(iterate_json(tmp_path / "x.json"))
+
+
+# ---- rows
+
+
+@pytest.fixture(scope="module")
+def processor(converted):
+    return AutoProcessor.from_pretrained(converted)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<image>\nQ",
+        "<image>\n<image>\nQ",
+        "Q\n<image>",
+        "Q <image> R",
+        "a<image><image>b",
+        "<image>Q",
+        "<image>",
+        "Q",
+        "<image>\n",
+        "<image>\n\nQ",
+        "<image><image>\nQ",
+        "<image>\n<image>Q",
+        "",
+        " Q ",
+    ],
+)
+def test_kept_images_are_rendered_where_they_were(value, processor):
+    messages = [{"role": "user", "content": split_content(value, "keep")}, {"role": "assistant", "content": "A"}]
+    assert f"USER: {value} ASSISTANT: A" in processor.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "moved"),
+    [
+        ("Q\n<image>", "<image>\nQ"),
+        ("a <image> b", "<image>\na  b"),
+        ("<image>", "<image>"),
+        (" Q ", " Q "),
+        ("a<image>b<image>", "a<image>b<image>"),
+    ],
+)
+def test_one_image_goes_to_the_front(value, moved):
+    assert split_content(value) == split_content(moved, "keep")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "error"),
+    [
+        ({"id": 1}, "malformed row", 'expected an object with a list `conversations`, got {"id": 1}'),
+        (["x"], "malformed row", "expected an object"),
+        (talk(), "malformed row", "expected an object with a list"),
+        ({"conversations": [{"from": "human"}]}, "malformed row", "turn 0 is .*expected `from` and a text `value`"),
+        (talk("<image>", "A", image=3), "malformed row", "image='3'; expected a name or a list"),
+        (talk("Q", "\ud83d"), "malformed row", "half a character .* in turn 1"),
+        ({"conversations": [{"from": "bot", "value": "Q"}]}, "unknown role", "'bot' in turn 0; expected human, gpt"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "unknown role", "in turn 0; expected human, gpt"),
+        (talk("Q"), "turn order", "^user; expected"),
+        (talk("Q", "A", "Q"), "turn order", "^user assistant user; expected user and assistant in turn"),
+        ({"conversations": [{"from": "gpt", "value": "Q"}]}, "turn order", "^assistant;"),
+        ({"conversations": [{"from": "human", "value": "Q"}] * 2}, "turn order", "^user user"),
+        (talk("Q", " \n"), "empty answer", "message 1"),
+        (talk("Q", "A", image="a.png"), "image count", "1 images, but <image> stands 0 times"),
+        (talk("<image> <image>", "A", image="a.png"), "image count", "1 images, but <image> stands 2 times"),
+        (talk("<image>", "A"), "image count", "0 images, but <image> stands 1 times"),
+        (talk("Q", "<image>", image="a.png"), "image count", "in an answer .message 1"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(row, kind, error):
+    with pytest.raises(BadRow, match=re.escape(kind)) as caught:
+        messages, names, _ = convert_row(row)
+        check_messages(messages, len(names))
+    assert caught.value.kind == kind and re.search(error, caught.value.error)
+
+
+def test_first_turns_of_the_assistant_are_dropped_and_system_messages_stay():
+    messages, _, dropped = convert_row(
+        {"conversations": [{"from": "gpt", "value": "Hi"}, *talk("Q", "A")["conversations"]]}
+    )
+    assert dropped and [message["role"] for message in messages] == ["user", "assistant"]
+    row = {"conversations": [{"from": "system", "value": "Be brief."}, *talk("Q", "A")["conversations"]]}
+    messages, _, dropped = convert_row(row)
+    check_messages(messages, 0)
+    assert not dropped and messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+
+
+# ---- building
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("images", ["bytes", "paths"])
+def test_a_dataset_is_built_and_loads(tmp_path, root, images, num_proc):
+    first, second = write(tmp_path / "one.json", GOOD), tmp_path / "two.jsonl"
+    second.write_text("\n".join(json.dumps(row) for row in GOOD[:2]))
+    report = build(
+        [(first, root), Source(second, root)], tmp_path / "out", images=images, num_proc=num_proc, shard_rows=3
+    )
+    assert report.counts["one"] == {"read": 4, "skipped": 0, "written": 4, "images": 4, "text_only": 1} | {
+        key: 0 for key in ("repeated", "dropped_first_turns") if key in report.counts["one"]
+    }
+    assert report.totals["written"] == 6 and not report.bad_rows
+    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+    parquet = ["train/one-00000.parquet", "train/one-00001.parquet", "train/two-00000.parquet"]
+    assert names == ["build_report.json", *parquet] and not (tmp_path / "out.partial").exists()
+    assert json.loads((tmp_path / "out" / "build_report.json").read_text())["totals"] == report.totals
+
+    rows = load_dataset(str(tmp_path / "out"), split="train")
+    assert rows.column_names == ["messages", "images"] and len(rows) == 6
+    assert [len(row["images"]) for row in rows] == [1, 0, 2, 1, 1, 0]
+    assert rows[2]["images"][0].size == (30, 60) and rows[2]["images"][1].format == "JPEG"
+    assert rows[0]["messages"][2]["content"][0]["text"] == "And [0.1, 0.25, 0.5, 0.75]?"
+    assert len(load_dataset(str(tmp_path / "out"), data_files="train/two-*.parquet", split="train")) == 2
+    streamed = list(load_dataset(str(tmp_path / "out"), split="train", streaming=True))
+    assert [row["messages"] for row in streamed] == [row["messages"] for row in rows]
+    assert streamed[3]["images"][0].size == (40, 30)
+
+    checked = check_dataset(tmp_path / "out")
+    assert not checked.bad_rows and checked.totals["written"] == 6 and checked.totals["images"] == 5
+    if images == "paths":
+        (root / "a.png").unlink()
+        bad = check_dataset(tmp_path / "out").bad_rows
+        assert [(Path(b["file"]).name, b["row"], b["kind"]) for b in bad] == [
+            ("one-00000.parquet", 0, "missing image"),
+            ("two-00000.parquet", 0, "missing image"),
+        ]
+
+
+BAD = [
+    (talk("<image>\nQ", "A", image="gone.png"), "missing image", "images/gone.png does not exist"),
+    (talk("<image>\nQ", "A", image="../one.json"), "missing image", "lies outside of"),
+    (talk("<image>\nQ", "A", image="/etc/hostname"), "missing image", "lies outside of"),
+    (talk("<image>\nQ", "A", image="https://example.com/a.png"), "missing image", "does not exist"),
+    (talk("<image>\nQ", "A", image="short.jpg"), "undecodable image", "truncated"),
+    (talk("<image>\nQ", "A", image="empty.png"), "undecodable image", "cannot identify"),
+    (talk("<image>\nQ", "A", image="text.png"), "undecodable image", "cannot identify"),
+    (talk("Q", ""), "empty answer", "message 1"),
+]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_bad_rows_are_named_and_counts_add_up(tmp_path, root, num_proc):
+    file = write(tmp_path / "one.json", [*GOOD, *(row for row, _, _ in BAD), *GOOD])
+    report = build([(file, root)], tmp_path / "out", on_error="skip", num_proc=num_proc, shard_rows=5)
+    assert [(bad["file"], bad["row"], bad["kind"]) for bad in report.bad_rows] == [
+        (str(file), row, kind) for row, (_, kind, _) in enumerate(BAD, 4)
+    ]
+    for bad, (_, _, error) in zip(report.bad_rows, BAD, strict=True):
+        assert error in bad["error"]
+    totals = report.totals
+    assert (totals["read"], totals["skipped"], totals["written"]) == (16, 8, 8)
+    assert f"{file}, row 4: missing image" in report.summary()
+    assert "8 bad rows: 4 missing image, 3 undecodable image, 1 empty answer" in report.summary(2)
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 8
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_stops_at_bad_rows_and_goes_on_when_they_are_mended(tmp_path, root, num_proc):
+    file = write(tmp_path / "one.json", [*GOOD, talk("<image>\nQ", "A", image="late.png"), GOOD[1]])
+    with pytest.raises(ValueError, match=r"one.json, row 4: missing image: .*late.png does not exist. Mend them"):
+        build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
+    assert not (tmp_path / "out").exists()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("train/*.parquet")}
+    assert {path.name for path in done} >= {"one-00000.parquet"} and "one-00002.parquet" not in {
+        path.name for path in done
+    }
+    with pytest.raises(FileExistsError, match=r"out.partial holds an unfinished build of other files or settings"):
+        build([(file, root)], tmp_path / "out", images="paths", shard_rows=2)
+
+    (root / "late.png").write_bytes(make_png(8, 8, 2))
+    report = build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
+    assert report.totals["written"] == 6
+    assert all((tmp_path / "out" / "train" / path.name).stat().st_mtime_ns == mtime for path, mtime in done.items())
+    with pytest.raises(FileExistsError, match=r"out exists; choose another folder, or replace it with --force"):
+        build([(file, root)], tmp_path / "out")
+    assert build([(file, root)], tmp_path / "out", force=True, images="paths").totals["written"] == 6
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="mine exists; --force replaces datasets alone"):
+        build([(file, root)], tmp_path / "mine", force=True)
+
+
+def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root):
+    row = talk("<image>\nQ", "A", image="late.png")
+    sources = [
+        Source(write(tmp_path / "one.json", [*GOOD, row]), root, rows=9)
+    ]  # fails at the end, so it is unfinished
+    with pytest.raises(ValueError, match="has 5 rows; expected 9"):
+        build(sources, tmp_path / "out", on_error="skip")
+    sources = [replace(sources[0], rows=5)]
+    with pytest.raises(ValueError, match="row 4: missing image"):
+        build(sources, tmp_path / "out")
+    (root / "late.png").write_bytes(make_png(8, 8, 2))
+    report = build(sources, tmp_path / "out")
+    assert report.totals["written"] == 5 and not report.bad_rows
+
+
+PROGRAM = """
+import sys
+sys.argv = ["convllava"]  # so that importing the package does not load torch
+from convllava_hf.data.build import build_dataset
+build_dataset([(sys.stdin.readline().strip(), sys.stdin.readline().strip())], sys.stdin.readline().strip(),
+              num_proc=int(sys.stdin.readline()), shard_rows=10, show_progress=False)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_killed_builds_go_on(tmp_path, root):
+    (root / "big.png").write_bytes(make_png(400, 400, 3))  # takes some milliseconds to decode, so there is time to kill
+    rows = [talk(f"<image>\nQ{i}", f"A{i}", image="big.png") for i in range(400)]
+    file, output = write(tmp_path / "one.json", rows), tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    process.stdin.write(f"{file}\n{root}\n{output}\n2\n")
+    process.stdin.close()
+    state = tmp_path / "out.partial" / ".build"
+    deadline = time.monotonic() + 60
+    while len(list(state.glob("one-*.json"))) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
+    process.wait()
+    deadline = time.monotonic() + 10
+    while is_group_alive(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.01)
+    assert not output.exists()
+    done = {
+        path.stem: (state.parent / "train" / f"{path.stem}.parquet").stat().st_mtime_ns
+        for path in state.glob("one-*.json")
+    }
+    assert 4 <= len(done) < 40
+    # A shard that lost its end with the power counts as undone.
+    broken = state.parent / "train" / f"{min(done)}.parquet"
+    broken.write_bytes(broken.read_bytes()[:100])
+    del done[min(done)]
+
+    report = build([(file, root)], output, shard_rows=10)
+    assert report.totals["read"] == report.totals["written"] == 400
+    assert all((output / "train" / f"{name}.parquet").stat().st_mtime_ns == mtime for name, mtime in done.items())
+    texts = [
+        row["messages"][0]["content"][1]["text"]
+        for path in sorted(output.glob("train/*.parquet"))
+        for row in pq.read_table(path, columns=["messages"]).to_pylist()
+    ]
+    assert texts == [f"Q{i}" for i in range(400)]
+    assert {path.suffix for path in output.rglob("*.*")} == {".json", ".parquet"} and not list(output.glob(".*"))
+
+
+def is_group_alive(group: int) -> bool:
+    """Whether a process of the group runs; those that ended and wait to be collected do not count."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if int(its_group) == group and state not in "ZX":
+            return True
+    return False
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 0.3, 1.0, 2.0, 2.5])
+def test_weights_are_exact(tmp_path, weight):
+    # Names of splits in the names of files must not confuse `load_dataset`.
+    file = write(tmp_path / "my_test.json", [talk(f"Q{i}", "A") for i in range(40)])
+    report = build([Source(file, weight=weight)], tmp_path / "out", shard_rows=7)
+    totals = report.totals
+    assert totals["written"] == len(load_dataset(str(tmp_path / "out"), split="train")) == int(40 * weight)
+    assert totals["read"] - totals.get("left_out", 0) + totals.get("repeated", 0) == totals["written"]
+
+
+def test_sources_of_one_name_are_kept_apart(tmp_path):
+    for number, folder in enumerate(("a", "b", "c")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "x.json", [talk(f"Q{number}", "A")])
+    names = ["", "x_2", ""]
+    sources = [Source(tmp_path / folder / "x.json", name=name) for folder, name in zip("abc", names, strict=True)]
+    assert list(build(sources, tmp_path / "out").counts) == ["x", "x_2", "x_3"]
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 3
+
+
+def test_sources_are_checked_before_anything_starts(tmp_path, root):
+    file = write(tmp_path / "one.json", GOOD)
+    missing = [
+        Source(file, root),
+        Source(tmp_path / "two.json", root, origin="https://a"),
+        Source(file, tmp_path / "no"),
+    ]
+    with pytest.raises(FileNotFoundError, match=r"missing: \S*two.json \(from https://a\); \S*/no\."):
+        build(missing, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    for kwargs, error in (
+        ({"images": "jpeg"}, "images='jpeg'; expected 'bytes' or 'paths'"),
+        ({"on_error": "ask"}, "on_error='ask'; expected 'stop' or 'skip'"),
+        ({"max_length": 10}, "max_length and a processor"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            build([(file, root)], tmp_path / "out", **kwargs)
+    for kwargs, error in (({"weight": 0}, "weight=0 of one"), ({"image_placement": "back"}, "image_placement='back'")):
+        with pytest.raises(ValueError, match=error):
+            Source(file, **kwargs)
+
+
+def test_the_number_of_rows_is_checked(tmp_path, root):
+    file = write(tmp_path / "one.json", GOOD)
+    with pytest.raises(ValueError, match="one.json has 4 rows; expected 5"):
+        build([Source(file, root, rows=5)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert build([Source(file, root, rows=5, rows_tolerance=0.2)], tmp_path / "out").totals["written"] == 4
+    with pytest.raises(ValueError, match="no row is left"):
+        build([(write(tmp_path / "two.json", [{}]), root)], tmp_path / "out2", on_error="skip")
+
+
+def test_damage_of_a_built_dataset_is_found(tmp_path, root):
+    build([(write(tmp_path / "one.json", GOOD), root)], tmp_path / "out", shard_rows=2)
+    (tmp_path / "out" / "train" / "one-00001.parquet").rename(tmp_path / "one-00001.parquet")
+    with pytest.raises(ValueError, match="out has 2 rows, but build_report.json tells of 4"):
+        check_dataset(tmp_path / "out")
+    (tmp_path / "out" / "train" / "one-00001.parquet").write_bytes((tmp_path / "one-00001.parquet").read_bytes()[:200])
+    with pytest.raises(ValueError, match="one-00001.parquet is damaged"):
+        check_dataset(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no parquet file in"):
+        check_dataset(tmp_path / "images")
+
+
+def test_built_datasets_are_checked_as_rows_are(tmp_path, root):
+    """What other tools wrote in the same form: each kind of bad row is found there as well."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features.from_arrow_schema(building.get_schema())
+    text = lambda role, value: {"role": role, "content": [{"type": "text", "text": value}]}  # noqa: E731
+    image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Q"}]}
+    messages = [
+        [text("user", "Q"), text("assistant", "A")],
+        [text("user", "Q"), text("tool", "A")],
+        [text("assistant", "A")],
+        [text("user", "Q"), text("assistant", "")],
+        [image, text("assistant", "A")],
+        [image, text("assistant", "A")],
+    ]
+    images = [[], [], [], [], [], [{"bytes": b"no image", "path": None}]]
+    rows = Dataset.from_dict({"messages": messages, "images": images}, features=features)
+    assert isinstance(features["images"].feature, ImageFeature)
+    (tmp_path / "out").mkdir()
+    rows.to_parquet(tmp_path / "out" / "x.parquet")
+    found = [(bad["row"], bad["kind"]) for bad in check_dataset(tmp_path / "out").bad_rows]
+    kinds = ["unknown role", "turn order", "empty answer", "image count", "undecodable image"]
+    assert found == list(enumerate(kinds, 1))
+
+
+# ---- long rows
+
+
+def test_tokens_are_counted_without_reading_images(processor, reference):
+    for row in json.loads((reference / "convllava" / "train.json").read_text()):
+        messages, names, _ = convert_row(row)
+        images = [Image.open(reference / "convllava" / "images" / name) for name in names]
+        encoded = encode(messages, images, processor)["input_ids"][0]
+        assert count_tokens(messages, [(image.height, image.width) for image in images], processor) == len(encoded)
+
+
+def test_long_rows_are_cut_by_rounds_and_never_inside_an_image(tmp_path, root, processor):
+    rows = [
+        talk("<image>\nWhat?", "This.", "And?", "A long answer. " * 20, image="a.png"),
+        talk("What?", "This.", "<image>\nAnd?", "That. " * 40, image="a.png"),
+        talk("<image>" * 30, "Many.", image=["a.png"] * 30),
+    ]
+    file, settings = write(tmp_path / "one.json", rows), {"processor": processor, "max_length": 100}
+    report = build([(file, root)], tmp_path / "out", on_error="skip", long_rows="cut", **settings)
+    assert report.counts["one"]["cut"] == 2 and report.counts["one"]["images"] == 1
+    (bad,) = report.bad_rows
+    assert bad["row"] == 2 and bad["kind"] == "row too long"
+    assert re.fullmatch(r"its first round has \d+ tokens, 30 images included; at most 100", bad["error"])
+    built = load_dataset(str(tmp_path / "out"), split="train")
+    assert [len(row["messages"]) for row in built] == [2, 2] and [len(row["images"]) for row in built] == [1, 0]
+    assert not check_dataset(tmp_path / "out", **settings).bad_rows
+    assert [b["kind"] for b in check_dataset(tmp_path / "out", processor=processor, max_length=20).bad_rows] == [
+        "row too long"
+    ] * 2
+    report = build([(file, root)], tmp_path / "out2", on_error="skip", processor=processor, max_length=170)
+    assert [bad["row"] for bad in report.bad_rows] == [0, 1]
+    assert re.fullmatch(r"has \d+ tokens, 1 images included; at most 170", report.bad_rows[0]["error"])
+
+
+# ---- what is trained on
+
+
+def encode(messages, images, processor, template=None, **kwargs):
+    left = iter(images)
+    messages = [
+        {**m, "content": [p | {"image": next(left)} if p["type"] == "image" else p for p in m["content"]]}
+        for m in messages
+    ]
+    return processor.apply_chat_template(
+        [messages],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("version", ["v1", "plain"])
+def test_labels_equal_the_originals(version, aligned_masks, reference, processor, tmp_path):
+    """Rows of the built dataset, rendered by the converted checkpoint, against the recorded labels."""
+    folder, compared = reference / "convllava", 0
+    expected = json.loads((folder / "expected.json").read_text())["train"][version]
+    template = read_chat_template("plain") if version == "plain" else None
+    for name in ("train.json", "train_extra.json"):
+        build([(folder / name, folder / "images")], tmp_path / name)
+        built = load_dataset(str(tmp_path / name), split="train")
+        originals = json.loads((folder / name).read_text())
+        for row, original in zip(built, originals, strict=True):
+            recorded = expected[name][original["id"]]
+            if "error" in recorded:
+                continue
+            kwargs = {"original_masks": True} if version == "v1" else {}
+            encoded = encode(row["messages"], row["images"], processor, template, **kwargs)
+            ids, masks = encoded["input_ids"][0].tolist(), encoded["assistant_masks"][0].tolist()
+            pairs = list(zip(recorded["input_ids"], recorded["labels"], strict=True))
+            repeats = [4 if token == -200 else 1 for token, _ in pairs]
+            image = processor.image_token_id
+            assert ids == [
+                image if t == -200 else t for (t, _), n in zip(pairs, repeats, strict=True) for _ in range(n)
+            ]
+            labels = [label for (_, label), n in zip(pairs, repeats, strict=True) for _ in range(n)]
+            assert [token if mask else -100 for token, mask in zip(ids, masks, strict=True)] == labels, original["id"]
+            compared += 1
+    assert compared == {"v1": 9, "plain": 3}[version]
+
+
+def test_trl_collates_built_rows(aligned_masks, reference, processor, tmp_path):
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    folder = reference / "convllava"
+    build([(folder / "train.json", folder / "images")], tmp_path / "out")
+    rows = list(load_dataset(str(tmp_path / "out"), split="train"))
+    collate = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+    batch = collate(rows)
+    assert batch["pixel_values"].shape[0] == 2 and (batch["labels"] != -100).any(1).all()
+    assert "pixel_values" not in collate(rows[2:])
+
+
+def test_trl_mixes_the_sources_of_one_dataset(tmp_path):
+    from trl import DatasetMixtureConfig, get_dataset
+
+    files = [write(tmp_path / f"{name}.json", [talk(name, "A")] * 30) for name in ("one", "two")]
+    build([(file, None) for file in files], tmp_path / "out")
+    entry = {"path": str(tmp_path / "out"), "split": "train"}
+    mixture = [
+        {**entry, "data_files": "train/one-*.parquet", "fraction": 0.75},
+        {**entry, "data_files": "train/two-*.parquet", "fraction": 0.25},
+    ]
+    rows = get_dataset(DatasetMixtureConfig(datasets=mixture))["train"]
+    texts = [row["messages"][0]["content"][0]["text"] for row in rows]
+    assert (texts.count("one"), texts.count("two")) == (30, 10)
+
+
+# ---- mixtures
+
+
+def test_every_mixture_is_read_and_names_what_is_missing(tmp_path):
+    assert len(list_files("mixture")) == 14
+    for name in list_files("mixture"):
+        sources = read_mixture(name, tmp_path)
+        assert all(source.rows and source.origin.startswith("https://") for source in sources)
+        with pytest.raises(FileNotFoundError) as caught:
+            build(sources, tmp_path / "out")
+        assert all(f"{source.json} (from {source.origin})" in str(caught.value) for source in sources)
+    assert not list(tmp_path.iterdir())
+    assert {source.image_placement for source in read_mixture("llavar_pretrain")} == {"keep"}
+
+
+def test_the_docs_tell_of_every_mixture_and_number():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for name in list_files("mixture"):
+        assert f"`{name}`" in text
+        for source in read_mixture(name):
+            (line,) = [
+                line for line in text.split("| source | file |")[1].splitlines() if f"`{source.json.name}`" in line
+            ]
+            assert f" {source.rows:,} " in line and (f"{source.rows_tolerance:.0%}" in line) == (
+                source.rows_tolerance > 0
+            )
+
+
+def test_recipes_name_mixtures_that_exist():
+    named = {
+        name for file in list_files("recipe").values() for name in re.findall(r"mixture (\w+_\w+)", file.read_text())
+    }
+    assert named and named <= set(list_files("mixture"))
+
+
+def test_mixtures_of_ones_own(tmp_path, root):
+    write(tmp_path / "one.json", GOOD)
+    write(tmp_path / "two.json", GOOD[1:2])
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "sources:\n- {json: one.json, image_root: images, weight: 0.5}\n- {json: two.json, name: text, rows: 1}\n"
+    )
+    report = build(read_mixture(file), tmp_path / "out")
+    assert {name: counts["written"] for name, counts in report.counts.items()} == {"one": 2, "text": 1}
+    assert len(load_dataset(str(tmp_path / "out"), data_files="train/text-*.parquet", split="train")) == 1
+    for text, error in (
+        ("sources: [{josn: x}]", "source 0: has josn; expected json"),
+        ("- a", "is no mixture"),
+        ("sources: {", "is no mixture"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            read_mixture(file)
+    with pytest.raises(FileNotFoundError, match="no mixture 'x'; expected a YAML file or one of: convllava_stage1"):
+        read_mixture("x")
+
+
+@pytest.mark.parametrize("name", ["llavar_pretrain", "llavar_finetune", "llavar_finetune_20k", "llava_v0_pretrain"])
+def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path):
+    """Their file names and folders, with images before and after the question, as in the released files."""
+    (source,) = read_mixture(name, tmp_path)
+    source.image_root.mkdir(parents=True)
+    image = "GCC_train_002582585.jpg" if "pretrain" in name else "000000215677.jpg"
+    Image.new("RGB", (20, 10)).save(source.image_root / image)
+    write(
+        source.json,
+        [
+            talk("Give a brief description.\n<image>", "A box.", image=image),
+            talk("<image>\nRead.", "OPEN", image=image),
+        ],
+    )
+    with pytest.raises(ValueError, match=f"has 2 rows; expected (about )?{source.rows:,}"):
+        build([source], tmp_path / "out")
+    build([replace(source, rows=2)], tmp_path / "out")
+    first, second = load_dataset(str(tmp_path / "out"), split="train")["messages"]
+    assert [part["type"] for part in first[0]["content"]] == ["text", "image"]
+    assert [part["type"] for part in second[0]["content"]] == ["image", "text"]

@@ -1,0 +1,90 @@
+"""Grouped batches: every row once, one modality and similar lengths per batch, the same order on every rank."""
+
+import random
+
+import pytest
+from tiny_data import make_rows
+
+from convllava_hf.model.image_processing_convllava import ConvLlavaImageProcessor
+from convllava_hf.training.sampler import ModalityLengthSampler, measure_lengths
+
+
+RNG = random.Random(0)
+LENGTHS = [RNG.randrange(20, 800) for _ in range(1003)]
+HAS_IMAGES = [RNG.random() > 0.07 for _ in LENGTHS]
+
+
+def get_batches(sampler, size):
+    rows = list(sampler)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def test_every_row_once_and_one_modality_per_batch():
+    sampler = ModalityLengthSampler(LENGTHS, HAS_IMAGES, 16, seed=1)
+    batches = get_batches(sampler, 16)
+    assert sorted(row for batch in batches for row in batch) == list(range(1003)) and len(sampler) == 1003
+    mixed = [batch for batch in batches if len({HAS_IMAGES[row] for row in batch}) > 1]
+    assert len(mixed) <= 2  # what is left over of both
+    assert [len(batch) for batch in batches] == [16] * 62 + [11]
+
+
+def test_padding_is_a_small_part_of_random_batches():
+    def count_padding(batches):
+        return sum(max(LENGTHS[row] for row in batch) * len(batch) for batch in batches) - sum(LENGTHS)
+
+    grouped = count_padding(get_batches(ModalityLengthSampler(LENGTHS, HAS_IMAGES, 16), 16))
+    rows = random.Random(2).sample(range(1003), 1003)
+    assert grouped < 0.2 * count_padding([rows[i : i + 16] for i in range(0, 1003, 16)])
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = ModalityLengthSampler(LENGTHS, HAS_IMAGES, 16, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_longest_batch_comes_first():
+    first, *others = get_batches(ModalityLengthSampler(LENGTHS, HAS_IMAGES, 16), 16)
+    assert sum(LENGTHS[row] for row in first) >= max(sum(LENGTHS[row] for row in batch) for batch in others)
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 4), (1, 4), (4, 4), (5, 4), (3, 1)])
+def test_small_data(count, size):
+    for has_images in ([True] * count, [False] * count, [bool(i % 2) for i in range(count)]):
+        assert sorted(ModalityLengthSampler(list(range(count)), has_images, size)) == list(range(count))
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="got 2 lengths, 1 modalities and batch_size=4"):
+        ModalityLengthSampler([1, 2], [True], 4)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        ModalityLengthSampler([1], [True], 0)
+
+
+def test_lengths_come_from_headers_without_decoding(monkeypatch):
+    rows = make_rows(6)
+    processor = ConvLlavaImageProcessor(size={"height": 128, "width": 128}, image_aspect_ratio="native")
+    from PIL import ImageFile
+
+    def refuse(self):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    lengths, has_images = measure_lengths(rows, processor)
+    assert has_images == [True, True, True, True, False, True]
+    monkeypatch.undo()
+    for index, row in enumerate(rows):
+        tokens = sum(processor.num_image_tokens(image.height, image.width) for image in row["images"])
+        assert lengths[index] == sum(len(message["content"]) for message in row["messages"]) // 4 + tokens
+
+
+def test_broken_image_counts_as_one():
+    rows = make_rows(1)
+    broken = rows.from_dict(
+        {"messages": rows["messages"][:], "images": [[{"bytes": b"no image", "path": None}]]}, features=rows.features
+    )
+    assert measure_lengths(broken, ConvLlavaImageProcessor())[1] == [True]

@@ -1,0 +1,480 @@
+"""The trainer: what it adds to TRL's, what goes wrong and how it says so, training that is interrupted or shared."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, Features, List
+from datasets import Image as ImageFeature
+from packaging.version import Version
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_data import make_rows, save_rows
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+if Version(transformers.__version__) < Version("5.18"):
+    pytest.skip("TRL takes the loss on answers only from transformers 5.18 on", allow_module_level=True)
+
+from trl import SFTTrainer
+
+from convllava_hf.images import undecode_images
+from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.callbacks import draw_curves
+from convllava_hf.training.collator import ConvLlavaCollator
+from convllava_hf.training.run import run_recipe
+from convllava_hf.training.trainer import ConvLlavaTrainer, find_last_checkpoint, has_fast_bf16
+from convllava_hf.training.vision_cache import VisionCache, hash_image
+
+
+PLAN = {"trainable": ["multi_modal_projector", r"vision_tower.*stages\.4\.", "language_model", "lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_rows(tmp_path_factory.mktemp("data") / "rows")
+
+
+@pytest.fixture
+def make_trainer(checkpoint, tmp_path):
+    """Builds a trainer on the tiny checkpoint; keyword arguments are those of the arguments."""
+
+    def make(rows=None, trainer_class=ConvLlavaTrainer, eval_dataset=None, **kwargs):
+        settings = {
+            "output_dir": str(tmp_path / "output"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 3,
+            "max_length": None,
+            "assistant_only_loss": True,
+            "use_cpu": True,
+            "bf16": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+        }
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trainable=kwargs.pop("trainable", None))
+        return trainer_class(
+            model=model,
+            processing_class=AutoProcessor.from_pretrained(checkpoint),
+            train_dataset=make_rows(24) if rows is None else rows,
+            eval_dataset=eval_dataset,
+            args=ConvLlavaTrainingArguments(**{**settings, **kwargs}),
+        )
+
+    return make
+
+
+def get_losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_learns_as_the_stock_trainer(make_trainer, monkeypatch):
+    """Bytes that the device normalises, and our collator, change nothing: the same losses as TRL's own trainer."""
+    monkeypatch.setattr(ConvLlavaTrainer, "_silence_padded_ids", lambda self: None)
+    losses = []
+    for trainer_class in (ConvLlavaTrainer, SFTTrainer):
+        trainer = make_trainer(trainer_class=trainer_class, group_by_modality_length=False)
+        trainer.train()
+        losses.append(get_losses(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_fused_output_layer_gives_padded_ids_no_probability(make_trainer):
+    """TRL's loss equals the model's own, which the parity tests hold against the original."""
+    trainer = make_trainer()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss
+        ours = trainer.compute_loss(trainer.model, dict(batch))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert "bias" not in "".join(name for name in trainer.model.state_dict() if "lm_head" in name)
+
+
+def test_images_travel_as_bytes(make_trainer):
+    trainer = make_trainer()
+    raw = next(iter(trainer.get_train_dataloader()))
+    assert raw["pixel_values"].dtype == torch.uint8
+    plain = make_trainer(normalize_on_device=False)
+    torch.testing.assert_close(
+        trainer._prepare_inputs(raw)["pixel_values"], next(iter(plain.get_train_dataloader()))["pixel_values"]
+    )
+    assert trainer.processing_class.image_processor.do_normalize  # what is saved is not what the workers use
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_part_has_its_learning_rate(make_trainer, checkpointing):
+    trainer = make_trainer(
+        **PLAN,
+        vision_learning_rate=1e-5,
+        projector_learning_rate=1e-4,
+        gradient_checkpointing=checkpointing,
+        weight_decay=0.1,
+        warmup_steps=0,
+    )
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    groups = {(group["part"], group["weight_decay"]): group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert groups == {
+        ("rest", 0.1): 1e-3,
+        ("rest", 0.0): 1e-3,
+        ("projector", 0.1): 1e-4,
+        ("projector", 0.0): 1e-4,
+        ("vision tower", 0.1): 1e-5,
+        ("vision tower", 0.0): 1e-5,
+    }
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    first = trainer.state.log_history[0]
+    assert first["learning_rate"] == pytest.approx(1e-3)
+    assert first["learning_rate_vision_tower"] == pytest.approx(1e-5)
+    assert first["learning_rate_projector"] == pytest.approx(1e-4)
+
+
+def test_learning_rate_of_a_frozen_part(make_trainer):
+    trainer = make_trainer(trainable=["language_model"], projector_learning_rate=1e-4)
+    with pytest.raises(ValueError, match="0.0001 is set for the projector, but none of its parameters are trained"):
+        trainer.train()
+
+
+def test_parameters_by_pattern_for_any_model(make_trainer):
+    trainer = make_trainer(optim_target_modules=["multi_modal_projector"])
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all("multi_modal_projector" in name for name in trained)
+
+
+def test_image_size_is_overridable(make_trainer):
+    trainer = make_trainer(image_size=192)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"].shape[-2:] == (192, 192)
+    trainer.save_model()
+    assert AutoProcessor.from_pretrained(trainer.args.output_dir).image_processor.size["height"] == 192
+
+
+def test_cached_features_are_those_of_upright_images(make_trainer, tmp_path):
+    """A photo that its EXIF data turns, as `datasets` decodes it for training without a cache."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").convert("RGB").resize((60, 30)).save(file, "JPEG", exif=exif)
+    turned = {"bytes": file.getvalue(), "path": None}
+    trainer = make_trainer(trainable=["multi_modal_projector"])
+    cache = VisionCache(tmp_path, trainer.model, trainer.processing_class.image_processor, torch.float32)
+    rows = Dataset.from_dict({"images": [[turned]]}).cast_column("images", List(ImageFeature(decode=False)))
+    cache.fill(rows)
+    features, _ = cache.load(hash_image(turned))
+    upright = trainer.processing_class.image_processor(ImageFeature().decode_example(turned), return_tensors="pt")
+    assert ImageFeature().decode_example(turned).size == (30, 60)
+    expected, _ = trainer.model.base_model._encode(upright["pixel_values"])
+    torch.testing.assert_close(features, expected[0].detach())
+
+
+def test_cached_features_train_as_images_do(make_trainer, tmp_path, monkeypatch):
+    """Stage 3 with features from the disk: the same losses, and in a second run the tower is not even asked."""
+    plan = {"trainable": ["multi_modal_projector", "language_model", "lm_head"], "max_steps": 4}
+    plain = make_trainer(**plan)
+    plain.train()
+    cached = make_trainer(**plan, vision_cache=str(tmp_path / "features"))
+    batch = next(iter(cached.get_train_dataloader()))
+    assert "pixel_values" not in batch and batch["vision_features"].shape == (4 * len(batch["image_sizes"]), 24)
+    cached.train()
+    assert get_losses(cached) == pytest.approx(get_losses(plain), abs=1e-5)
+    for name, parameter in cached.model.named_parameters():
+        torch.testing.assert_close(parameter, plain.model.get_parameter(name), atol=1e-5, rtol=0)
+
+    monkeypatch.setattr("convllava_hf.training.vision_cache.VisionCache.store", None)
+    again = make_trainer(**plan, vision_cache=str(tmp_path / "features"))
+    again.model.model.vision_tower.forward = None
+    again.train()
+    assert get_losses(again) == get_losses(cached)
+
+
+def test_features_of_another_tower_or_size_are_not_taken(make_trainer, tmp_path):
+    plan = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "features")}
+    make_trainer(**plan)
+    make_trainer(**plan, image_size=192)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    with pytest.raises(ValueError, match=r"the vision tower is trained \(.* and \d+ more\), so its features change"):
+        make_trainer(vision_cache=str(tmp_path / "features"))
+
+
+def test_cache_that_does_not_fit_is_refused_first(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("convllava_hf.training.vision_cache.VisionCache.estimate_bytes", lambda self, sizes: 10**18)
+    with pytest.raises(OSError, match=r"20 are to be computed: 1000000000.000 GB. Only .* GB are free there"):
+        make_trainer(trainable=["multi_modal_projector"], vision_cache=str(tmp_path / "features"))
+
+
+class TestCollator:
+    def collate(self, checkpoint, rows, **kwargs):
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        collator = ConvLlavaCollator(
+            processor, assistant_only_loss=True, image_token_id=processor.image_token_id, **kwargs
+        )
+        return collator(list(rows))
+
+    def test_cuts_text_but_no_image(self, checkpoint):
+        rows = make_rows(4)
+        whole = self.collate(checkpoint, rows)
+        cut = self.collate(checkpoint, rows, max_tokens=40)
+        assert whole["input_ids"].shape[1] > 40
+        for key in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(cut[key], whole[key][:, :40])
+        assert torch.equal(cut["pixel_values"], whole["pixel_values"])
+
+    def test_names_the_row_whose_image_does_not_fit(self, checkpoint):
+        message = (
+            r"max_length=8 would cut an image of the row that begins 'Question 0\?' \(1 images\): raise max_length"
+        )
+        with pytest.raises(ValueError, match=message):
+            self.collate(checkpoint, make_rows(2), max_tokens=8)
+
+    def test_names_the_row_that_cannot_be_prepared(self, checkpoint):
+        rows = list(make_rows(3))
+        rows[1]["images"] = []
+        rows[1]["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "Where is it?"}]
+        with pytest.raises(ValueError, match=r"cannot prepare the row that begins '.*Where is it\?' \(0 images\)"):
+            self.collate(checkpoint, rows)
+
+    def test_says_that_a_row_has_nothing_to_learn(self, checkpoint, caplog):
+        rows = list(make_rows(2))
+        rows[1]["messages"] = rows[1]["messages"][:1]
+        transformers.utils.logging.enable_propagation()
+        batch = self.collate(checkpoint, rows)
+        transformers.utils.logging.disable_propagation()
+        assert "no token to train on in the row that begins 'Question 1?" in caplog.text
+        assert (batch["labels"][1] == -100).all() and (batch["labels"][0] != -100).any()
+
+
+def test_batch_without_labels_trains_on(make_trainer):
+    """One such batch costs a step and changes nothing; it does not end hours of training."""
+    rows = make_rows(8).map(lambda row: {"messages": row["messages"][:1]})
+    trainer = make_trainer(rows, max_steps=1)
+    trainer.train()
+    assert get_losses(trainer) == [0.0]
+
+
+def test_missing_image_is_named(make_trainer, tmp_path):
+    rows = make_rows(4).to_list()
+    rows[2]["images"] = [{"bytes": None, "path": str(tmp_path / "gone.png")}]
+    dataset = make_rows(4)
+    dataset = dataset.from_list(rows, features=dataset.features)
+    with pytest.raises(ValueError, match="cannot read an image of the row that begins .*gone.png"):
+        make_trainer(dataset).train()
+
+
+def use_single_images(dataset):
+    """The rows that have one image, with a column `image` in the place of `images`."""
+    rows = [row for row in undecode_images(dataset).to_list() if row["images"]]
+    rows = [{"messages": row["messages"], "image": row["images"][0]} for row in rows]
+    features = {"messages": dataset.features["messages"], "image": ImageFeature()}
+    return Dataset.from_list(rows, features=Features(features))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_column_of_single_images_trains_as_lists_do(make_trainer, tmp_path, cached):
+    settings = {"trainable": ["multi_modal_projector"], "max_steps": 2}
+    if cached:
+        settings["vision_cache"] = str(tmp_path / "cache")
+    rows = make_rows(20)
+    rows = rows.filter(lambda row: len(row["images"]) == 1)
+    lists, singles = make_trainer(rows, **settings), make_trainer(use_single_images(rows), **settings)
+    for trainer in (lists, singles):
+        trainer.train()
+    assert get_losses(singles) == get_losses(lists)
+
+
+@pytest.mark.parametrize("column", ["images", "image"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("broken", ["cut", "garbage", "empty", "gone"])
+def test_broken_image_is_named(make_trainer, tmp_path, cached, column, broken):
+    rows = make_rows(4).to_list()
+    content = {"cut": rows[2]["images"][0]["bytes"][:60], "garbage": b"garbage", "empty": b"", "gone": None}[broken]
+    rows[2]["images"] = [{"bytes": content, "path": str(tmp_path / "gone.png") if broken == "gone" else None}]
+    dataset = make_rows(4)
+    dataset = dataset.from_list(rows, features=dataset.features)
+    dataset = use_single_images(dataset) if column == "image" else dataset
+    settings = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "cache")} if cached else {}
+    message = "cannot read image 0 of row 2: " if cached else "cannot read an image of the row that begins .*: "
+    message += {"cut": "", "garbage": "cannot identify", "empty": "it has neither", "gone": ".*gone.png"}[broken]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(dataset, **settings).train()
+
+
+def test_broken_image_of_the_evaluation_is_named(make_trainer):
+    dataset = use_single_images(make_rows(4))
+    rows = undecode_images(dataset).to_list()
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:60]
+    broken = Dataset.from_list(rows, features=dataset.features)
+    trainer = make_trainer(dataset, eval_dataset=broken)
+    with pytest.raises(ValueError, match="cannot read an image of the row that begins"):
+        trainer.evaluate()
+
+
+def test_gradient_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    parameter = trainer.model.get_parameter("model.multi_modal_projector.linear_1.weight")
+    steps = []
+
+    def spoil(gradient):
+        steps.append(None)
+        return gradient * float("nan") if len(steps) == 2 else gradient
+
+    parameter.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 2; .*checkpoint: .*checkpoint-1\."):
+        trainer.train()
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert not (Path(trainer.args.output_dir) / "checkpoint-2").exists()
+
+
+def test_loss_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    calls = []
+    compute = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        calls.append(None)
+        return compute(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 3; .*Last complete checkpoint: .*checkpoint-2\."
+    ):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_full_disk_leaves_the_last_checkpoint(make_trainer, monkeypatch):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    save = torch.save
+
+    def save_until_full(content, file, *args, **kwargs):
+        if "checkpoint-2" in str(file) and "optimizer" in str(file):
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+        return save(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(OSError, match=r"could not save .*checkpoint-2: .*Last complete checkpoint: .*checkpoint-1\."):
+        trainer.train()
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    assert find_last_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def get_settings(checkpoint: Path, data: Path, output: Path) -> list[str]:
+    return [
+        *("--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--output_dir", str(output)),
+        *("--max_steps", "-1", "--num_train_epochs", "2", "--save_steps", "1", "--save_total_limit", "4"),
+        *("--learning_rate", "0.003"),
+    ]
+
+
+@pytest.mark.timeout(240)
+def test_killed_training_resumes_to_the_same_weights(checkpoint, data, tmp_path):
+    """`kill -9` at a random place, in the second of two epochs: as if nothing had happened."""
+    whole = tmp_path / "whole"
+    run_recipe("tiny_cpu_stage2", get_settings(checkpoint, data, whole))
+    steps = json.loads((find_last_checkpoint(whole) / "trainer_state.json").read_text())["global_step"]
+
+    killed = tmp_path / "killed"
+    command = [str(Path(sys.executable).parent / "convllava"), "train", "tiny_cpu_stage2"]
+    process = subprocess.Popen(
+        [*command, *get_settings(checkpoint, data, killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    target = killed / f"checkpoint-{steps // 2 + 2}"
+    while not target.exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()[-2000:]
+    assert not (killed / "model.safetensors").exists()
+
+    trainer = run_recipe(
+        "tiny_cpu_stage2", [*get_settings(checkpoint, data, killed), "--resume_from_checkpoint", "last"]
+    )
+    assert trainer.state.global_step == steps
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_learn_as_one(checkpoint, data, tmp_path):
+    """DDP through the trainer, with frozen parts, and batches of one rank without images."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = ["--group_by_modality_length", "false", "--save_strategy", "no", "--num_train_epochs", "1"]
+    run_recipe("tiny_cpu_stage2", [*get_settings(checkpoint, data, one), *shared])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(Path(sys.executable).parent / "convllava"), "train", "tiny_cpu_stage2"]
+    command += [*get_settings(checkpoint, data, two), *shared, "--per_device_train_batch_size", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, shared_weights = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(shared_weights[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_leaves_curves_and_a_card(checkpoint, data, tmp_path):
+    settings = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--dataset_name",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    run_recipe("tiny_cpu_stage1", settings)
+    assert (tmp_path / "o" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "o" / "checkpoint-2" / ".." / "README.md").read_text()
+    assert "| recipe | tiny_cpu_stage1 |" in card and f"| data | {data} |" in card
+    assert "| rows per step | 2 (2 x 1 x 1) |" in card
+    assert card.count("## How it was trained") == 1
+    assert r"multi_modal_projector, vision_tower.*stages\.4\." in card
+
+
+def test_curves_without_a_loss(tmp_path):
+    draw_curves([{"step": 1, "eval_loss": 1.0}], tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "pass --model_name_or_path"),
+        (["--model_name_or_path", "x"], "pass --dataset_name"),
+    ],
+)
+def test_what_is_missing_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_recipe("tiny_cpu_stage1", arguments)
+
+
+def test_unknown_recipe():
+    with pytest.raises(FileNotFoundError, match="no recipe 'stage9'; expected a YAML file or one of: convllava_stage1"):
+        run_recipe("stage9")
+
+
+def test_bfloat16_where_the_processor_lacks_it(make_trainer, monkeypatch):
+    monkeypatch.setattr("convllava_hf.training.trainer.has_fast_bf16", lambda device: False)
+    assert not make_trainer(bf16=True).args.bf16
+    assert has_fast_bf16(torch.device("cuda"))

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from convllava_hf.conversion.convert import convert_checkpoint
-from convllava_hf.conversion.llava_family import fit_to_corner
+from convllava_hf.images import fit_to_corner
 from convllava_hf.inference.answer import answer
 
 

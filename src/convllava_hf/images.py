@@ -182,6 +182,27 @@ def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.rint(pixels.astype(np.float32) * scale).astype(np.uint8))
 
 
+def fit_to_corner(image: Image.Image, side: int) -> Image.Image:
+    """Shrinks or enlarges an image to a square, keeps its aspect ratio and fills the rest with black.
+
+    LLaVAR prepares images like this when it answers (not in training): put it before the processor. Stock image
+    processors centre what they pad, and put black in after normalising.
+
+    Args:
+        image: any image.
+        side: side of the square in pixels, the processor's `crop_size`.
+
+    Returns:
+        RGB, `(side, side)`, the image at its upper left.
+
+    Source: SALT-NLP/LLaVAR, `LLaVA/llava/eval/run_llava.py`, `resize_image`.
+    """
+    size = tuple(max(1, length * side // max(image.size)) for length in image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    return square
+
+
 # ---- the images of a dataset's rows
 
 COLUMNS = ("images", "image")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import convllava_hf
 from convllava_hf import load
 from convllava_hf.cli.app import app
-from convllava_hf.conversion.llava_family import fit_to_corner
+from convllava_hf.images import fit_to_corner
 from convllava_hf.inference import answer as answering
 
 

@@ -28,11 +28,11 @@ from convllava_hf.checkpoints.shapes import list_shapes
 from convllava_hf.checkpoints.weight_maps import LLAVA, LLAVA_PUBLISHED, VIT, ConversionError
 from convllava_hf.conversion.convert import convert_checkpoint
 from convllava_hf.conversion.deltas import apply_delta
-from convllava_hf.conversion.llava_family import fit_to_corner
 from convllava_hf.conversion.models import make_identity
 from convllava_hf.conversion.sources import Source
 from convllava_hf.conversion.vocabulary import Vocabulary
 from convllava_hf.conversion.writer import plan_weights
+from convllava_hf.images import fit_to_corner
 
 
 REFERENCE = Path(__file__).parents[1] / "reference"

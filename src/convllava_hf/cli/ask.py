@@ -271,8 +271,7 @@ def split_inputs(inputs: list[str]) -> tuple[list[str], str]:
 
 def open_image(source: str, corner: int | None):
     """Loads an image; with `corner` puts it into a black square of that many pixels."""
-    from ..conversion.llava_family import fit_to_corner
-    from ..images import load_image
+    from ..images import fit_to_corner, load_image
 
     image = load_image(source)
     return fit_to_corner(image, corner) if corner else image

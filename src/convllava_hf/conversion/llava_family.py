@@ -20,7 +20,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -268,27 +267,6 @@ def split_at_images(
         padding_side=tokenizer.padding_side,
         clean_up_tokenization_spaces=False,
     )
-
-
-def fit_to_corner(image: Image.Image, side: int) -> Image.Image:
-    """Shrinks or enlarges an image to a square, keeps its aspect ratio and fills the rest with black.
-
-    LLaVAR prepares images like this when it answers (not in training): put it before the processor. Stock image
-    processors centre what they pad, and put black in after normalising.
-
-    Args:
-        image: any image.
-        side: side of the square in pixels, the processor's `crop_size`.
-
-    Returns:
-        RGB, `(side, side)`, the image at its upper left.
-
-    Source: SALT-NLP/LLaVAR, `LLaVA/llava/eval/run_llava.py`, `resize_image`.
-    """
-    size = tuple(max(1, length * side // max(image.size)) for length in image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-    return square
 
 
 def build_llava(tower: Tower, language: LanguageModel, source_config: dict) -> tuple[LlavaConfig, LlavaProcessor]:

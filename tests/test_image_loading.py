@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from convllava_hf import images
-from convllava_hf.images import ImageError, load_image
+from convllava_hf.images import ImageError, decode_image, load_image
+from convllava_hf.model.image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
 
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -34,6 +35,12 @@ def write_png(width, height, depth, colour_type, rows=b""):
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + data
+
+
+def make_orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()
 
 
 # ---- image kinds: each is written to a file and read back
@@ -103,6 +110,45 @@ def test_every_kind_of_image_becomes_rgb(kind, tmp_path):
     assert np.array_equal(np.array(image).reshape(-1, 3), expected)
 
 
+@pytest.mark.parametrize(
+    "kind", ["RGBA", "half transparent", "palette, transparent", "16-bit grey", "floats to 1", "turned"]
+)
+def test_every_door_sees_the_same_pixels(kind, tmp_path):
+    """Both backends, by image and by path; `load_image`, which the commands use; the images of datasets."""
+    data = IMAGE_KINDS[kind][0] if kind != "turned" else encode(make_two_by_two("RGB"), exif=make_orientation(6))
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    expected = Image.fromarray(np.array(load_image(data)))
+    for backend in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
+        process = backend(size={"height": 64, "width": 64})
+        pixels = process(expected, return_tensors="pt")["pixel_values"]
+        for door in (
+            Image.open(path),
+            str(path),
+            "data:image/png;base64," + base64.b64encode(data).decode(),
+            load_image(path),
+            decode_image({"bytes": data, "path": None}),
+            decode_image({"bytes": None, "path": str(path)}),
+            decode_image(Image.open(path)),
+        ):
+            assert np.array_equal(process(door, return_tensors="np")["pixel_values"], pixels)
+        # The original's conversion, by name; it is kept in the checkpoint.
+        process = backend(size={"height": 64, "width": 64}, original_rgb=True)
+        assert process.to_dict()["original_rgb"]
+        plain = process(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        assert np.array_equal(process(str(path), return_tensors="np")["pixel_values"], plain)
+        assert np.array_equal(process(load_image(path, original_rgb=True), return_tensors="np")["pixel_values"], plain)
+        assert not np.array_equal(pixels, plain)
+
+
+def test_the_limit_of_a_side_is_written_once():
+    strip = Image.new("L", (40000, 300), 255)
+    processor = ConvLlavaImageProcessor(image_aspect_ratio="native", max_image_tokens=100000)
+    sizes = processor(strip, return_tensors="pt")["image_sizes"]
+    assert sizes.tolist() == [list(processor.get_processed_size(300, 40000))]
+    assert sizes.tolist() == processor(load_image(strip), return_tensors="pt")["image_sizes"].tolist()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation, tmp_path):
     upright = np.arange(6 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -142,9 +188,14 @@ def test_the_callers_image_stays_as_it_is():
     gif.seek(1)
     assert load_image(gif).getpixel((0, 0)) == RED
     assert gif.tell() == 1
-    rgb = Image.new("RGB", (2, 2), RED)
-    load_image(rgb).putpixel((0, 0), BLUE)
-    assert rgb.getpixel((0, 0)) == RED
+    turned = Image.new("RGB", (2, 1), RED)
+    turned.info["exif"] = make_orientation(6)
+    assert load_image(turned).size == (1, 2) and turned.size == (2, 1)
+
+
+def test_an_image_that_is_loaded_is_not_copied_again():
+    loaded = load_image(encode(Image.new("RGBA", (2, 2), RED)))
+    assert load_image(loaded) is loaded
 
 
 def test_extreme_sides_are_shrunk():

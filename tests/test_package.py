@@ -67,7 +67,7 @@ def test_setup_cfg_states_what_is_promised(setup_cfg):
     assert setup_cfg["options"]["python_requires"] == ">=3.10"
     assert set(setup_cfg["options.extras_require"]) == EXTRAS
     required = read_requirements(setup_cfg)
-    assert str(required["transformers"].specifier) == "<6,>=5.17"
+    assert str(required["transformers"].specifier) == "<6,>=5.19"
     assert str(required["torch"].specifier) == ">=2.6"
 
 

@@ -16,13 +16,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 # The HTTP client that transformers itself fetches images with: its distribution differs between versions.
 from transformers.image_utils import httpx
 
 from . import __version__
+from .model.image_processing_convllava import convert_to_rgb
 
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
-# Longer sides are shrunk to this: square padding of a 65,535 x 1 image would take 13 GB, and models see far less.
-MAX_SIDE = 16384
 ImageSource = str | Path | bytes | Image.Image
 
 
@@ -39,8 +37,8 @@ class ImageError(ValueError):
     """An image that cannot be used. The message starts with the image's name: its path, URL or kind."""
 
 
-def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
-    """Reads an image from anywhere and makes plain RGB of it.
+def load_image(source: ImageSource, timeout: float = 20.0, original_rgb: bool = False) -> Image.Image:
+    """Reads an image from anywhere and makes plain RGB of it, the same pixels as in every other place.
 
     The EXIF orientation is applied, transparent pixels become white, 16-bit and floating-point values are scaled to 8
     bits, and of an animation the first frame counts (of a Pillow image the current one). Sides beyond 16,384 pixels
@@ -49,9 +47,10 @@ def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
     Args:
         source: path, `http(s)://` URL, `data:` URI, the bytes of an image file, or a Pillow image (left unchanged).
         timeout: seconds for a whole download.
+        original_rgb: make it RGB as the original does, see [`ConvLlavaImageProcessorKwargs`].
 
     Returns:
-        A new Pillow image of mode RGB, upright.
+        A Pillow image of mode RGB, upright; `source` itself if it is one already.
 
     Raises:
         ImageError: the source does not exist, cannot be fetched, is no image, is broken, holds values of an unknown
@@ -59,7 +58,7 @@ def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
     """
     name = _name_image(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name)
+        return _decode(source, name, original_rgb)
     if isinstance(source, bytes | bytearray | memoryview):
         file = BytesIO(source)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -81,7 +80,7 @@ def load_image(source: ImageSource, timeout: float = 20.0) -> Image.Image:
     except Exception as error:  # readers of broken headers raise whatever comes of it
         raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
     with image:
-        return _decode(image, name)
+        return _decode(image, name, original_rgb)
 
 
 def _name_image(source) -> str:
@@ -126,8 +125,8 @@ def _decode_data_uri(uri: str, name: str) -> bytes:
         raise ImageError(f"{name}: broken base64 ({error})") from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Decodes an opened image, upright and in RGB; raises ImageError."""
+def _decode(image: Image.Image, name: str, original_rgb: bool = False) -> Image.Image:
+    """Decodes an opened image and makes it RGB; raises ImageError."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ImageError(
@@ -135,51 +134,13 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             "decompression bombs; shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         )
     try:
-        image.load()
-        image = _convert_to_rgb(_turn_upright(image), name)
-    except ImageError:
-        raise
+        converted = image.convert("RGB") if original_rgb else convert_to_rgb(image)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # decoders of broken data raise whatever comes of it
         raise ImageError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or repr(error)})") from error
-    if max(image.size) > MAX_SIDE:
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF is common, and says nothing about the pixels
-        return image
-
-
-def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new RGB image; Pillow's own conversion would clip deep pixels and show what transparency hides."""
-    if image.mode.startswith(("I", "F")):
-        image = _scale_to_8_bits(image, name)
-    if image.mode in ("La", "RGBa"):  # premultiplied
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
-
-
-def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey pixels of 16 bits, of integers or of floating point as mode L; raises ImageError for an unknown range."""
-    pixels = np.asarray(image)  # (H, W)
-    low, high = pixels.min(), pixels.max()
-    if image.mode.startswith("I;16"):
-        scale = 255 / 65535
-    elif low >= 0 and high <= (1 if image.mode == "F" else 255):
-        scale = 255 if image.mode == "F" else 1
-    elif low >= 0 and high <= 255:
-        scale = 1
-    elif low >= 0 and high <= 65535:
-        scale = 255 / 65535
-    else:  # negative values, NaN among them, or more than 16 bits
-        raise ImageError(f"{name}: pixel values from {low} to {high}; expected 0 to 1 (floating point), 255 or 65535")
-    return Image.fromarray(np.rint(pixels.astype(np.float32) * scale).astype(np.uint8))
+    # A copy of an image that hangs on its file, which is about to be closed, and on an orientation beside its pixels.
+    return converted.copy() if converted is image and type(image) is not Image.Image else converted
 
 
 def fit_to_corner(image: Image.Image, side: int) -> Image.Image:
@@ -260,18 +221,26 @@ def read_size(image: dict | Image.Image) -> tuple[int, int]:
         raise ValueError(_say_why(image, error)) from error
 
 
-def decode_image(image: dict | Image.Image) -> Image.Image:
-    """The image, upright, as `datasets` decodes it.
+def decode_image(image: dict | Image.Image, original_rgb: bool = False) -> Image.Image:
+    """The image in RGB, as `load_image` gives it.
+
+    Args:
+        image: decoded by `datasets`, or its `{"bytes", "path"}`.
+        original_rgb: see `load_image`.
 
     Raises:
         ValueError: it cannot be read.
     """
     if not isinstance(image, dict):
-        return image
+        return load_image(image, original_rgb=original_rgb)
+    if image["bytes"]:
+        return load_image(image["bytes"], original_rgb=original_rgb)
+    if image["path"] and os.path.isfile(image["path"]):
+        return load_image(image["path"], original_rgb=original_rgb)
     from datasets import Image as ImageFeature
 
-    try:
-        return ImageFeature().decode_example(image)
+    try:  # files inside archives and on hosts, which datasets opens
+        return load_image(ImageFeature().decode_example(image), original_rgb=original_rgb)
     except Exception as error:  # see above
         raise ValueError(_say_why(image, error)) from error
 

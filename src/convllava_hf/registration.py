@@ -3,6 +3,8 @@
 Importing `convllava_hf` calls `register()` once.
 """
 
+import importlib.abc
+import importlib.util
 import sys
 
 from transformers import (
@@ -19,6 +21,33 @@ from .model.configuration_convllava import ConvLlavaConfig
 from .model.image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
 from .model.modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
 from .model.processing_convllava import ConvLlavaProcessor
+
+
+PEFT_CONSTANTS = "peft.utils.constants"
+# What PEFT adapts where a LoraConfig names no modules: as in Llama, and so in nothing of the tower and the projector.
+PEFT_TARGETS = ["q_proj", "v_proj"]
+
+
+class PeftTargets(importlib.abc.MetaPathFinder):
+    """Tells PEFT which modules to adapt by default, once it is imported: importing it here would take seconds."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != PEFT_CONSTANTS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module):
+            execute(module)
+            add_peft_targets(module)
+
+        spec.loader.exec_module = execute_and_add
+        return spec
+
+
+def add_peft_targets(constants) -> None:
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["convllava"] = PEFT_TARGETS
 
 
 def register() -> None:
@@ -49,3 +78,8 @@ def register() -> None:
     ConvLlavaProcessor.register_for_auto_class()
     for image_processor in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
         image_processor.register_for_auto_class()
+
+    if PEFT_CONSTANTS in sys.modules:
+        add_peft_targets(sys.modules[PEFT_CONSTANTS])
+    elif not any(isinstance(finder, PeftTargets) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PeftTargets())

@@ -247,6 +247,42 @@ def test_pieces_are_whole_characters_without_outer_space(loaded):
     assert pieces[:9] == ["G", "r", "ü", "ß", "e", ",", " 你", "好", " 🙂"]
 
 
+def test_a_heading_ends_no_answer(loaded, monkeypatch):
+    """Whatever the template contains; stop strings are the checkpoint's own."""
+    model, processor = loaded
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template + "{# ### #}")
+    text = "Items:\n### One\n#"
+    pieces = list(answer(model, processor, "Hi", stream=True, logits_processor=[Script(processor, text)]))
+    assert "".join(pieces) == text
+    assert answer(model, processor, "Hi", logits_processor=[Script(processor, text)]) == text
+
+
+@pytest.mark.parametrize("setting", ["answer_stop_strings", "stop_strings"])
+def test_stop_strings_of_the_checkpoint_end_an_answer(setting, loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(model.generation_config, setting, ["###", "STOP"], raising=False)
+    for said, expected in (("A # b.###Human: c", "A # b."), ("It is. STOP Now", "It is."), ("a ##", "a ##")):
+        script = {"logits_processor": [Script(processor, said)]}
+        stream = answer(model, processor, "Hi", stream=True, **script)
+        assert "".join(stream) == expected and stream.stats.finish_reason == "stop"
+        assert answer(model, processor, "Hi", logits_processor=[Script(processor, said)]) == expected
+
+
+def test_beams_of_the_checkpoint_do_not_stop_a_stream(loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(model.generation_config, "num_beams", 2)
+    assert list(answer(model, processor, "Hi", stream=True, max_new_tokens=2)) is not None
+
+
+def test_images_of_the_history_are_loaded_once(loaded, photo):
+    model, processor = loaded
+    stream = answer(model, processor, "Hi", photo, stream=True, max_new_tokens=2)
+    list(stream)
+    later = answer(model, processor, "And?", history=stream.history, stream=True, max_new_tokens=2)
+    assert [message["content"][0]["image"] for message in (stream.messages[0], later.messages[0])] == [photo, photo]
+    assert later.messages[0]["content"][0]["image"] is photo
+
+
 def test_half_a_character_at_the_end_is_not_lost(loaded):
     model, processor = loaded
     stream = answer(

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from transformers import CompileConfig, ConvNextConfig, LlamaConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaModel
+from convllava_hf.model.modeling_convllava import count_vision_passes
 
 
 IMAGE, PAD, EOS = 98, 97, 96
@@ -103,6 +105,7 @@ def test_features_are_row_major(model):
         (torch.tensor([[64, 100]]), "multiples of 64"),
         (torch.tensor([[64, 256]]), "larger than pixel_values"),
         (torch.tensor([[64, 64], [64, 64]]), "2 entries for 1 images"),
+        (torch.zeros(0, 2, dtype=torch.long), "0 entries for 1 images"),
     ],
 )
 def test_wrong_image_sizes_are_refused(model, sizes, message):
@@ -113,6 +116,49 @@ def test_wrong_image_sizes_are_refused(model, sizes, message):
 def test_a_wrong_number_of_placeholders_is_refused_with_both_numbers(model):
     with pytest.raises(ValueError, match="3 placeholders.*2 features"):
         model(input_ids=torch.tensor([[1, IMAGE, IMAGE, IMAGE, 5]]), pixel_values=torch.zeros(1, 3, 64, 128))
+
+
+def test_passes_of_the_tower_are_counted(model):
+    pixel_values, image_sizes = batch_images((64, 128), (128, 64), (64, 128))
+    assert count_vision_passes({"input_ids": None}) == 0
+    assert count_vision_passes({"vision_features": torch.zeros(2, 40), "image_sizes": image_sizes}) == 0
+    assert count_vision_passes({"pixel_values": pixel_values}) == 1
+    assert count_vision_passes({"pixel_values": pixel_values, "image_sizes": image_sizes}) == 2
+
+
+@pytest.mark.parametrize("kind", ["mixed sizes", "one size", "text", "features"])
+def test_missing_passes_run_idle_and_change_nothing(model, kind):
+    """The tower runs as often as asked for and the projector once, so processes that share weights stay in step."""
+    batch = batch_rows([1, IMAGE, IMAGE, 5, IMAGE, IMAGE, 6])
+    pixel_values, image_sizes = batch_images((64, 128), (128, 64) if kind == "mixed sizes" else (64, 128))
+    if kind == "text":
+        batch = batch_rows([1, 5, 6])
+    elif kind == "features":
+        features = model.get_image_features(pixel_values).last_hidden_state.flatten(0, 1).detach()
+        batch["vision_features"] = features
+    else:
+        batch |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
+    expected = model(**batch).logits
+    calls, projected = TowerCalls(model), []
+    model.model.multi_modal_projector.register_forward_hook(lambda *args: projected.append(1))
+    logits = model(**batch, vision_passes=3).logits
+    assert len(calls.shapes) == 3 and len(projected) == 1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    model(**batch, labels=batch["input_ids"], vision_passes=3).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if kind == "mixed sizes":
+        with pytest.raises(ValueError, match="vision_passes=1|vision_passes=0"):
+            model(**batch, vision_passes=0)
+
+
+def test_one_pass_does_not_read_the_sizes(model):
+    pixel_values, image_sizes = batch_images((64, 128))
+    rows = batch_rows([1, IMAGE, IMAGE, 5])
+    expected = model(**rows, pixel_values=pixel_values, image_sizes=image_sizes).logits
+    unreadable = torch.empty_like(image_sizes, device="meta")
+    assert torch.equal(
+        model(**rows, pixel_values=pixel_values, image_sizes=unreadable, vision_passes=1).logits, expected
+    )
 
 
 # ---- text
@@ -193,11 +239,111 @@ def test_batched_generation_equals_row_by_row(model, options):
         assert row.tolist() == alone[single["input_ids"].shape[1] :].tolist()
 
 
-def test_generation_encodes_images_once(model):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["cache", "without cache", "beams"],
+)
+def test_generation_encodes_images_once(model, options):
     batch, _ = prompts(model)
     calls = TowerCalls(model)
-    model.generate(**batch, do_sample=False, max_new_tokens=5, min_new_tokens=5)
+    model.generate(**batch, **options, do_sample=False, max_new_tokens=5, min_new_tokens=5)
     assert sum(shape[0] for shape in calls.shapes) == 3
+
+
+def test_a_prompt_read_in_chunks_answers_the_same(model):
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the oldest versions of transformers do not divide encoded images among chunks")
+    inputs = prompts(model)[1][0]
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    assert torch.equal(model.generate(**inputs, **settings, prefill_chunk_size=3), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
+def test_beams_and_samples_of_inputs_embeds_see_the_images_of_their_row(model, options):
+    batch, _ = prompts(model)
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, **options}
+    expected = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert torch.equal(model.generate(**batch, inputs_embeds=embeds, **settings), expected)
+
+
+def test_placeholders_are_never_generated_whatever_the_checkpoint_says(model):
+    inputs = {"input_ids": torch.tensor([[1, 5, 6]])}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[IMAGE] = model.model(**inputs).last_hidden_state[0, -1]  # the likeliest by far
+    assert model.generation_config.suppress_tokens is None
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=4, suppress_tokens=[7])
+    assert not {IMAGE, 7} & set(tokens[0, 3:].tolist())
+    assert model.generation_config.suppress_tokens is None
+
+
+def test_prompt_lookup_proposes_no_placeholders(model):
+    inputs = prompts(model)[1][0]
+    settings = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, prompt_lookup_num_tokens=3), expected)
+
+
+@torch.no_grad()
+def test_positions_to_score_in_every_form_of_transformers(model):
+    input_ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]])
+    full = model(input_ids=input_ids).logits
+    places = torch.tensor([[0, 2], [1, 3]])
+    mask = torch.zeros(2, 4, dtype=torch.bool).scatter(1, places, True)
+    for kept, expected in (
+        (2, full[:, -2:]),
+        (torch.tensor([1, 3]), full[:, [1, 3]]),
+        (places, torch.stack([full[0, [0, 2]], full[1, [1, 3]]])),
+        (mask, torch.cat([full[0, [0, 2]], full[1, [1, 3]]])),
+    ):
+        torch.testing.assert_close(model(input_ids=input_ids, logits_to_keep=kept).logits, expected)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128)])
+def test_the_forward_with_image_sizes_is_one_graph(model, size):
+    torch._dynamo.reset()
+    pixel_values, image_sizes = batch_images(size, size)
+    tokens = size[0] * size[1] // 64**2
+    inputs = {"input_ids": torch.tensor([[1, *[IMAGE] * tokens, 5]] * 2), "pixel_values": pixel_values}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        logits = compiled(**inputs, image_sizes=image_sizes).logits
+        torch.testing.assert_close(logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_the_model_exports_with_dynamic_images(model):
+    """Batch, height and width; images of one size."""
+
+    def make(batch, height, width):
+        tokens = height * width // 64**2
+        pixel_values, image_sizes = batch_images(*[(height, width)] * batch)
+        input_ids = torch.tensor([[1, *[IMAGE] * tokens, 5, 6]] * batch)
+        return {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
+
+    class Forward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, pixel_values, image_sizes):
+            outputs = self.model(
+                input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, use_cache=False
+            )
+            return outputs.logits
+
+    auto = torch.export.Dim.AUTO
+    dynamic = {"input_ids": {0: auto, 1: auto}, "pixel_values": {0: auto, 2: auto, 3: auto}, "image_sizes": {0: auto}}
+    program = torch.export.export(Forward(), (), make(2, 128, 192), dynamic_shapes=dynamic, strict=False).module()
+    for inputs in (make(3, 64, 128), make(2, 192, 128)):
+        torch.testing.assert_close(program(**inputs), model(**inputs).logits, rtol=0, atol=1e-5)
+
+
+# ---- generation with other inputs
 
 
 def test_samples_of_one_row_see_the_images_of_that_row(model):

@@ -6,6 +6,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, ConvNextConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
+from convllava_hf.model import modeling_convllava
+from convllava_hf.model.modeling_convllava import check_text_model
 
 
 IMAGE = 5
@@ -58,6 +60,10 @@ TEXT_MODELS = {
     "gpt2": {**SIZES, "n_inner": 48},  # tied, embeddings named wte
     "bloom": SIZES,  # no positions; tied, embeddings named word_embeddings
 }
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TEXT_MODELS |= {"mixtral": {**GROUPED, **EXPERTS}, "qwen3_moe": {**GROUPED, **EXPERTS, "head_dim": 8}}
+# These run by default; the others are slow only by their number.
+COMMON = ("gemma2", "gpt2", "granite", "llama", "phi", "qwen3", "qwen3_moe")
 TIED = ("bloom", "cohere", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "minicpm3", "qwen2", "qwen3", "smollm3")
 
 
@@ -68,7 +74,7 @@ def build_config(text: str) -> ConvLlavaConfig:
     return ConvLlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMAGE)
 
 
-@pytest.fixture(params=TEXT_MODELS)
+@pytest.fixture(params=[pytest.param(t, marks=[] if t in COMMON else pytest.mark.slow) for t in TEXT_MODELS])
 def text(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -138,7 +144,6 @@ def test_weights_and_their_ties_survive_saving(text, model, image_inputs, tmp_pa
     "text, obstacle",
     [
         ({"model_type": "bert"}, "output layer"),
-        ({"model_type": "roberta"}, "output layer"),
         ({"model_type": "mamba"}, "past_key_values"),
         ({"model_type": "bart"}, "encoder"),
         ({"model_type": "bart", "is_encoder_decoder": False}, "past_key_values"),
@@ -146,14 +151,57 @@ def test_weights_and_their_ties_survive_saving(text, model, image_inputs, tmp_pa
         ({"model_type": "recurrent_gemma"}, "cache of its own"),
         ({"model_type": "falcon_h1"}, "scales embeddings"),
         ({"model_type": "gemma3n_text"}, "token ids"),
+        ({"model_type": "deepseek_v4"}, "token ids"),
         ({"model_type": "t5"}, "not a causal language model"),
-        ({"model_type": "vit"}, "not a causal language model"),
         ({"model_type": "gemma3"}, "pass its text configuration"),
     ],
 )
 def test_text_models_that_would_run_wrongly_are_refused(text, obstacle):
-    with pytest.raises(ValueError, match=f"'{text['model_type']}'.*{obstacle}"):
-        ConvLlavaConfig(text_config=text, image_token_id=IMAGE)
+    with pytest.raises(ValueError, match=f"'{text['model_type']}'.*{obstacle}"), torch.device("meta"):
+        ConvLlavaForConditionalGeneration(ConvLlavaConfig(text_config=text, image_token_id=IMAGE))
+
+
+def test_text_models_that_nobody_compared_are_said_to_be(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_convllava.logger, "warning_once", said.append)
+    check_text_model(build_config("llama"))
+    assert not said
+    monkeypatch.setattr(modeling_convllava, "TESTED_TEXT_MODELS", ("phi",))
+    check_text_model(build_config("llama"))
+    assert len(said) == 1 and "'llama'" in said[0] and said[0].endswith("phi.")
+
+
+def test_the_list_of_compared_text_models_is_that_of_this_test():
+    assert set(modeling_convllava.TESTED_TEXT_MODELS) == set(TEXT_MODELS)
+
+
+# ---- mixtures of experts
+
+
+def test_the_loss_that_balances_experts_is_the_models_own(input_ids):
+    torch.manual_seed(0)
+    config = build_config("qwen3_moe")
+    config.text_config.router_aux_loss_coef = 0.5
+    model = ConvLlavaForConditionalGeneration(config).eval()
+    own = AutoModelForCausalLM.from_config(config.text_config).eval()
+    own.base_model.load_state_dict(model.model.language_model.state_dict())
+    own.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
+    plain = model(**inputs)
+    assert plain.aux_loss is None and plain.router_logits is None
+    found, expected = model(**inputs, output_router_logits=True), own(**inputs, output_router_logits=True)
+    assert len(found.router_logits) == len(expected.router_logits) == 2
+    assert found.loss > plain.loss + 0.1
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(found.loss, expected.loss)
+    config.text_config.output_router_logits = True
+    torch.testing.assert_close(model(**inputs).loss, expected.loss)
+
+
+def test_scores_of_experts_are_refused_where_there_are_none(input_ids):
+    model = ConvLlavaForConditionalGeneration(build_config("llama"))
+    with pytest.raises(ValueError, match="output_router_logits.*'llama'"):
+        model(input_ids=input_ids, output_router_logits=True)
 
 
 def test_text_models_with_embeddings_of_another_width_are_refused():

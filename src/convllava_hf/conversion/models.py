@@ -57,7 +57,11 @@ def _build_generation_config(language: LanguageModel) -> GenerationConfig:
         ends.append(tokenizer.eos_token_id)
     if language.chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
         ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    # In these formats no token ends a turn. `stop_strings`, transformers' own setting, would make `generate` and the
+    # pipelines fail where they are not given the tokenizer.
+    stops = {"answer_stop_strings": ["###"]} if language.chat_template in ("llava_v0", "v0_mmtag") else {}
     return GenerationConfig(
+        **stops,
         bos_token_id=text_config.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
@@ -165,14 +169,14 @@ def write_model(
     config.architectures = [model_class.__name__]
 
     def save(folder: Path):
+        if model_class is ConvLlavaForConditionalGeneration:  # config.json names the code that lies beside it
+            for name in HUB_FILES:
+                shutil.copyfile(HUB_FOLDER / name, folder / name)
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         for transient in ("is_local", "local_files_only"):  # how the tokenizer was loaded is none of its settings
             tokenizer.init_kwargs.pop(transient, None)
         processor.save_pretrained(folder)
-        if model_class is ConvLlavaForConditionalGeneration:
-            for name in HUB_FILES:
-                shutil.copyfile(HUB_FOLDER / name, folder / name)
 
     def check(folder: Path) -> list[str]:
         """Loads what was saved, from the files alone, and compares the parts with each other."""

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import transformers
-from packaging.version import Version
 from PIL import Image
 
+from ..images import decode_image
 from .rows import list_parts
 
 
@@ -85,13 +84,8 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
         The page.
 
     Raises:
-        ValueError: an image cannot be read, or transformers is too old to tell where answers are.
+        ValueError: an image cannot be read.
     """
-    if processor is not None and Version(transformers.__version__) < Version("5.18"):
-        raise ValueError(
-            f"transformers {transformers.__version__} marks answers at the wrong place after an image; install 5.18 or "
-            "newer, or leave out --model."
-        )
     legend = (
         '<span class="loss">carries loss</span> <span class="none">does not</span> <span class="image">image</span>. '
         "A line at the right edge ends a token."
@@ -101,8 +95,8 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
     body = [f"<h1>{html.escape(title)}</h1><p class='text'>{legend}</p>"]
     for file, number, row in rows:
         try:
-            images = [open_image(image) for image in row["images"] or []]
-        except OSError as error:
+            images = [decode_image(image) for image in row["images"] or []]
+        except ValueError as error:
             raise ValueError(f"{file}, row {number}: {error}; see `convllava data check`.") from error
         text, counts = render_tokens(row, images, processor) if processor else (render_messages(row), "")
         body.append(f"<h2>{html.escape(file)}, row {number}<span class='counts'>{counts}</span></h2>")
@@ -110,13 +104,6 @@ def render_page(rows: list[tuple[str, int, dict]], title: str, processor=None) -
         body.append(f"<p class='text'>{text}</p>")
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def open_image(image: dict) -> Image.Image:
-    """An image as training sees it."""
-    from datasets import Image as ImageFeature
-
-    return ImageFeature().decode_example(image).convert("RGB")
 
 
 def render_image(image: Image.Image, number: int) -> str:

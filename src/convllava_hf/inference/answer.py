@@ -20,10 +20,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_NEW_TOKENS = 512
 
 
-# What ends a turn in the chat templates that have no token for it.
-TEXT_END = "###"
-
-
 @dataclass
 class AnswerStats:
     """What an answer took. Filled while it is generated.
@@ -89,8 +85,8 @@ class _TextPieces(BaseStreamer):
     White space around the answer is dropped, and half a character waits for its other tokens.
     """
 
-    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float, end: str):
-        self.tokenizer, self.queue, self.stats, self.started, self.end_of_turn = tokenizer, queue, stats, started, end
+    def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float, ends: list[str]):
+        self.tokenizer, self.queue, self.stats, self.started, self.ends = tokenizer, queue, stats, started, ends
         self.tokens, self.length, self.in_prompt = [], 0, True
 
     def put(self, value):
@@ -101,11 +97,12 @@ class _TextPieces(BaseStreamer):
             self.stats.seconds_to_first_token = time.perf_counter() - self.started
         self.tokens += value.flatten().tolist()
         self.stats.new_tokens = len(self.tokens)
-        text = _decode_tokens(self.tokenizer, self.tokens, self.end_of_turn).rstrip("\N{REPLACEMENT CHARACTER}")
-        self._emit(text.rstrip(self.end_of_turn).rstrip())  # the beginning of an end waits too
+        text = _decode_tokens(self.tokenizer, self.tokens, self.ends).rstrip("\N{REPLACEMENT CHARACTER}")
+        begun = max((n for end in self.ends for n in range(len(end)) if text.endswith(end[:n])), default=0)
+        self._emit(text[: len(text) - begun].rstrip())  # the beginning of an end waits too
 
     def end(self):
-        self._emit(_decode_tokens(self.tokenizer, self.tokens, self.end_of_turn))
+        self._emit(_decode_tokens(self.tokenizer, self.tokens, self.ends))
 
     def _emit(self, text: str):
         if len(text) > self.length:
@@ -121,16 +118,32 @@ class _StopWhenSet(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def _decode_tokens(tokenizer, tokens, end: str) -> str:
+def list_stop_strings(model: PreTrainedModel) -> list[str]:
+    """What ends an answer of a model beside its end token, as its generation config says.
+
+    transformers' own `stop_strings` make `generate` and the pipelines fail unless they are given the tokenizer as well.
+    Checkpoints therefore keep theirs as `answer_stop_strings`, which `generate` ignores.
+    """
+    config, found = model.generation_config, []
+    for strings in (getattr(config, "answer_stop_strings", None), config.stop_strings):
+        found += [strings] if isinstance(strings, str) else strings or []
+    return found
+
+
+def _decode_tokens(tokenizer, tokens, ends: list[str]) -> str:
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-    return text.removesuffix(end).rstrip()
+    for end in ends:
+        text = text.removesuffix(end).rstrip()
+    return text
 
 
-def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, started: float, end: str) -> Iterator[str]:
+def _stream_pieces(
+    model, tokenizer, arguments: dict, stats: AnswerStats, started: float, ends: list[str]
+) -> Iterator[str]:
     """Runs generate() in a thread and yields its text; closing the generator ends the thread."""
     queue, stop, item = SimpleQueue(), Event(), ""
     criteria = [*(arguments.get("stopping_criteria") or []), _StopWhenSet(stop)]
-    streamer = _TextPieces(tokenizer, queue, stats, started, end)
+    streamer = _TextPieces(tokenizer, queue, stats, started, ends)
 
     def generate():
         try:
@@ -153,20 +166,21 @@ def _stream_pieces(model, tokenizer, arguments: dict, stats: AnswerStats, starte
         if item is not None:
             stats.finish_reason = "interrupted"
         else:
-            ends = model.generation_config.eos_token_id
+            tokens = model.generation_config.eos_token_id
             cut = stats.new_tokens >= arguments["generation_config"].max_new_tokens
-            cut = cut and streamer.tokens[-1] not in (ends if isinstance(ends, list) else [ends])
-            cut = cut and not (end and tokenizer.decode(streamer.tokens).endswith(end))
+            cut = cut and streamer.tokens[-1] not in (tokens if isinstance(tokens, list) else [tokens])
+            cut = cut and not tokenizer.decode(streamer.tokens).endswith(tuple(ends))
             stats.finish_reason = "length" if cut else "stop"
 
 
-def make_message(role: str, text: str, images: Iterable[ImageSource] = ()) -> dict:
+def make_message(role: str, text: str, images: Iterable[ImageSource] = (), original_rgb: bool = False) -> dict:
     """One message of a chat, images first.
 
     Args:
         role: `"user"`, `"assistant"` or `"system"`.
         text: what is said.
-        images: what `load_image` takes; they are loaded here.
+        images: what `load_image` takes; they are loaded here, if they are not yet.
+        original_rgb: see `load_image`.
 
     Returns:
         `{"role": ..., "content": [{"type": "image", "image": ...}, ..., {"type": "text", "text": ...}]}`.
@@ -174,7 +188,7 @@ def make_message(role: str, text: str, images: Iterable[ImageSource] = ()) -> di
     Raises:
         ImageError: an image cannot be used.
     """
-    content = [{"type": "image", "image": load_image(image)} for image in images]
+    content = [{"type": "image", "image": load_image(image, original_rgb=original_rgb)} for image in images]
     return {"role": role, "content": [*content, {"type": "text", "text": text}]}
 
 
@@ -224,13 +238,18 @@ def answer(
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; expected 0 or more.")
     images = [images] if isinstance(images, ImageSource | bytearray | memoryview) else images
-    messages = [_load_history(message) for message in history] + [make_message("user", question, images)]
+    original_rgb = getattr(processor.image_processor, "original_rgb", False)
+    messages = [_load_history(message, original_rgb) for message in history]
+    messages.append(make_message("user", question, images, original_rgb))
     inputs = _prepare_inputs(processor, messages, max_image_tokens)
     stats = AnswerStats(
         prompt_tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
     )
+    ends = list_stop_strings(model)
     config = GenerationConfig(
+        stop_strings=ends or None,
+        num_beams=1 if stream else None,  # the pieces of an answer are those of one beam
         max_new_tokens=_choose_new_tokens(model, stats, max_new_tokens),
         do_sample=temperature > 0,
         # Without sampling, generate() warns about any sampling settings of the checkpoint that are not neutral.
@@ -238,16 +257,16 @@ def answer(
     )
     arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
     arguments |= {"generation_config": config, **inputs.to(model.device, model.dtype)}
-    end = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
-    if end:
-        arguments |= {"stop_strings": [end], "tokenizer": processor.tokenizer}
+    if ends:
+        arguments["tokenizer"] = processor.tokenizer
     if stream:
-        return AnswerStream(_stream_pieces(model, processor.tokenizer, arguments, stats, started, end), messages, stats)
+        pieces = _stream_pieces(model, processor.tokenizer, arguments, stats, started, ends)
+        return AnswerStream(pieces, messages, stats)
     new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)
-    return _decode_tokens(processor.tokenizer, new_tokens, end)
+    return _decode_tokens(processor.tokenizer, new_tokens, ends)
 
 
-def _load_history(message: dict) -> dict:
+def _load_history(message: dict, original_rgb: bool) -> dict:
     """A message with its images loaded; `content` may be a string or a list of parts, as for chat templates."""
     content = message["content"]
     if isinstance(content, str):
@@ -256,7 +275,7 @@ def _load_history(message: dict) -> dict:
     for part in content:
         if part["type"] == "image":
             source = next((part[key] for key in ("image", "url", "path") if key in part), None)
-            part = {"type": "image", "image": load_image(source)}
+            part = {"type": "image", "image": load_image(source, original_rgb=original_rgb)}
         parts.append(part)
     return {**message, "content": parts}
 

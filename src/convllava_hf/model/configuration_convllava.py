@@ -5,15 +5,21 @@ Notation: `H, W` height and width in pixels; `F` downsampling factor of the towe
 `(H / F) * (W / F)` tokens; `C` width of the tower's last stage.
 """
 
-import inspect
-import json
 import re
-from functools import lru_cache
+from pathlib import Path
 
-import torch
+import transformers
+
+
+# Older versions fail later, with a message about something else.
+if [int(number) for number in re.findall(r"\d+", transformers.__version__)[:2]] < [5, 19]:
+    raise ImportError(
+        f"ConvLLaVA needs transformers 5.19 or newer, but {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5.19,<6'"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 
 # The released tower: ConvNeXt-L of LAION CLIP with a fifth stage of six blocks (paper, section 3.2).
@@ -27,9 +33,17 @@ RELEASED_VISION_TOWER = {
 SUPPORTED_VISION_TOWERS = ("convnext", "convnextv2", "dinov3_convnext", "timm_wrapper")
 # These families build their output layer with a bias and have no configuration field that says so.
 TEXT_MODELS_WITH_HEAD_BIAS = ("codegen", "ctrl", "gptj", "phi")
-# These families keep what they have read in a cache of their own, where `past_key_values` does not reach.
-TEXT_MODELS_WITH_OWN_CACHE = ("minimax", "recurrent_gemma")
-PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]\d*)x_gelu")
+# Causal language models of transformers that run behind another class's output layer differently than behind their own.
+UNSUPPORTED_TEXT_MODELS = {
+    "deepseek_v4": "some of its layers choose experts by token ids, which images do not have",
+    "falcon_h1": "it scales embeddings only where it looks them up itself",
+    "minimax": "it has a cache of its own, where past_key_values does not reach",
+    "recurrent_gemma": "it has a cache of its own, where past_key_values does not reach",
+}
+# What a configuration file may ask for. Building 200,000 layers, even without memory, never ends.
+MAX_LAYERS = 1024
+MAX_WIDTH = 65536
+PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9])x_gelu")
 # Where transformers finds the classes in a checkpoint's own code files.
 AUTO_MAP = {
     "AutoConfig": "configuration_convllava.ConvLlavaConfig",
@@ -37,44 +51,64 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_convllava.ConvLlavaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_convllava.ConvLlavaForConditionalGeneration",
 }
-# The stem of DINOv3's ConvNeXt is fixed at a stride of 4 in its modelling code.
-DINOV3_STEM_STRIDE = 4
+# The stems of DINOv3's ConvNeXt and of timm's towers have a stride of 4.
+STEM_STRIDE = 4
+# timm's towers whose output is a map, by name without the tag of their weights, and the width of that map.
+TIMM_CONVNEXT = re.compile(r"convnext(?:v2)?_([a-z]+)(?:_ols|_rms|_hnf|_mlp)*(?:\.\w+)?")
+TIMM_CONVNEXT_WIDTHS = {
+    "zepto": 256,
+    "atto": 320,
+    "femto": 384,
+    "pico": 512,
+    "nano": 640,
+    "tiny": 768,
+    "small": 768,
+    "base": 1024,
+    "large": 1536,
+    "xlarge": 2048,
+    "huge": 2816,
+    "xxlarge": 3072,
+}
+TIMM_FASTVIT = re.compile(r"fastvit_([a-z]+\d+)(?:\.\w+)?")
+TIMM_FASTVIT_WIDTHS = {
+    "t8": 768,
+    "t12": 1024,
+    "s12": 1024,
+    "sa12": 1024,
+    "sa24": 1024,
+    "sa36": 1024,
+    "ma36": 1216,
+    "mci0": 1024,
+    "mci1": 1024,
+    "mci2": 1280,
+    "mci3": 3072,
+    "mci4": 4096,
+}
+TIMM_FIVE_STAGES = ("mci3", "mci4")
+# What timm may be told about a ConvNeXt: numbers, switches and names, no paths and no weights.
+TIMM_ARGUMENTS = {
+    "depths": list,
+    "dims": list,
+    "ls_init_value": float,
+    "norm_eps": float,
+    "drop_path_rate": float,
+    "conv_mlp": bool,
+    "use_grn": bool,
+    "act_layer": str,
+}
 
 
-@lru_cache(maxsize=32)
-def _probe_timm_map(architecture: str, model_args: str) -> tuple[int, int]:
-    """Width and downsampling factor of a timm model, read off a forward pass on the meta device (no memory, no data).
-
-    Args:
-        architecture: timm's name of the model.
-        model_args: keyword arguments for timm as a JSON object (a string, so that it can be cached).
-
-    Returns:
-        `(C, F)`: channels and pixels per cell of the last feature map.
+def check_stages(depths: list[int], widths: list[int]) -> None:
+    """Bounds the stages of a tower.
 
     Raises:
-        ValueError: the model's features are not one map in (batch, channels, height, width) layout.
+        ValueError: more layers or wider ones than any tower has, or no positive integers.
     """
-    from transformers import TimmWrapperConfig, TimmWrapperModel
-
-    side = 256
-    expected = "expected one map of shape (batch, channels, height, width), as timm's ConvNeXt models give."
-    with torch.device("meta"):
-        config = TimmWrapperConfig(architecture=architecture, model_args=json.loads(model_args), do_pooling=False)
-        tower = TimmWrapperModel(config).eval()
-        try:
-            features = tower(torch.empty(1, 3, side, side)).last_hidden_state
-        except (AssertionError, RuntimeError) as error:  # towers of a fixed image size, such as ViTs
+    for name, values, limit in (("depths", depths, MAX_LAYERS), ("widths", widths, MAX_WIDTH)):
+        if not all(isinstance(value, int) and 0 < value <= limit for value in values):
             raise ValueError(
-                f"vision_config.architecture={architecture!r} does not take a {side}x{side} image ({error}); {expected}"
-            ) from error
-    shape = tuple(getattr(features, "shape", ()))
-    if len(shape) != 4 or shape[2] != shape[3] or side % shape[2]:
-        raise ValueError(
-            f"vision_config.architecture={architecture!r} gives features of shape {shape} for a {side}x{side} image; "
-            f"{expected}"
-        )
-    return shape[1], side // shape[2]
+                f"vision_config has stages of {name} {list(values)!r}; expected integers from 1 to {limit}."
+            )
 
 
 @strict
@@ -84,15 +118,15 @@ class ConvLlavaConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            A hierarchical tower whose output is a map: `convnext`, `convnextv2`, `dinov3_convnext`, or a convolutional
-            timm model through `timm_wrapper`; four stages (32x) or five (64x). Default: the released five-stage
-            ConvNeXt-L at 1536 pixels.
+            A hierarchical tower whose output is a map: `convnext`, `convnextv2`, `dinov3_convnext`, or timm's ConvNeXt,
+            ConvNeXt V2 and FastViT through `timm_wrapper`; four stages (32x) or five (64x). Default: the released
+            five-stage ConvNeXt-L at 1536 pixels.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Any causal language model of transformers. Default: Llama.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the `<image>` placeholder; one placeholder stands for one image token.
         projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
-            `"linear"`, or `"mlpNx_gelu"` for N linear layers with GELU between them.
+            `"linear"`, or `"mlpNx_gelu"` for N linear layers, 9 at most, with GELU between them.
         vocab_padding (`int`, *optional*, defaults to 0):
             Number of ids at the end of the vocabulary that stand for no token, because the vocabulary was rounded up.
             Their scores are set to the lowest number, so they take no probability and are never generated.
@@ -101,6 +135,9 @@ class ConvLlavaConfig(PreTrainedConfig):
             Whether the output layer has a bias. Default: what the text model's own causal LM class has.
         tie_word_embeddings (`bool`, *optional*):
             Whether the output layer shares the input embeddings. Default: what `text_config` says.
+
+    Nothing is built or imported to check a configuration; what only the text model's classes tell is checked where the
+    model is built.
 
     Raises:
         ValueError: an unsupported or inconsistent tower, text model, projector or image token.
@@ -143,8 +180,6 @@ class ConvLlavaConfig(PreTrainedConfig):
             self.lm_head_bias = bool(getattr(self.text_config, "lm_head_bias", default))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        # Servers and the stock trainer read other entries than the class that a checkpoint was saved from.
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         self._validate_projector()
         self._validate_text()
@@ -154,21 +189,26 @@ class ConvLlavaConfig(PreTrainedConfig):
         if not PROJECTOR_TYPE.fullmatch(self.projector_type):
             raise ValueError(
                 f"projector_type={self.projector_type!r} is not supported; expected 'linear' or 'mlpNx_gelu', "
-                "N >= 1, for example 'mlp2x_gelu'."
+                "N from 1 to 9, for example 'mlp2x_gelu'."
             )
 
     def _validate_text(self):
         text = self.text_config
-        if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(text, "vocab_size"):
+        if not hasattr(text, "vocab_size") or not hasattr(text, "hidden_size"):
             raise ValueError(
-                f"text_config.model_type={text.model_type!r} is not a causal language model of transformers; expected "
-                "a type that AutoModelForCausalLM knows, for example 'llama', 'qwen3', 'phi'. For a multimodal model "
-                "pass its text configuration."
+                f"text_config.model_type={text.model_type!r} is not the configuration of a language model; for a "
+                "multimodal model pass its text configuration."
             )
-        if obstacle := self._find_text_obstacle():
+        obstacle = UNSUPPORTED_TEXT_MODELS.get(text.model_type)
+        if getattr(text, "hidden_size_per_layer_input", None):
+            obstacle = "its layers read token ids (hidden_size_per_layer_input), which images do not have"
+        if obstacle:
+            raise ValueError(f"text_config.model_type={text.model_type!r} is not supported: {obstacle}.")
+        layers = getattr(text, "num_hidden_layers", 0) or 0
+        if not 0 <= layers <= MAX_LAYERS or not 0 < text.hidden_size <= MAX_WIDTH:
             raise ValueError(
-                f"text_config.model_type={text.model_type!r} is not supported: {obstacle}. Expected a decoder that "
-                "takes embeddings and ends in one linear layer, for example 'llama', 'qwen3', 'phi'."
+                f"text_config has num_hidden_layers={layers} and hidden_size={text.hidden_size}; expected at most "
+                f"{MAX_LAYERS} and {MAX_WIDTH}."
             )
         if not 0 <= self.vocab_padding < text.vocab_size:
             raise ValueError(
@@ -182,28 +222,6 @@ class ConvLlavaConfig(PreTrainedConfig):
                 "text_config.vocab_size to cover it."
             )
 
-    def _find_text_obstacle(self) -> str | None:
-        """What keeps the text model from running behind our output layer as it does behind its own; None if nothing.
-
-        Read off its classes, not off an instance: nothing is built.
-        """
-        text = self.text_config
-        if getattr(text, "is_encoder_decoder", False):
-            return "it has an encoder"
-        if "lm_head.weight" not in (MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._tied_weights_keys or {}):
-            return "its output layer is not a linear layer named lm_head"
-        headless = MODEL_MAPPING.get(type(text), None)
-        inputs = inspect.signature(headless.forward).parameters if headless else {}
-        if not {"inputs_embeds", "past_key_values"}.issubset(inputs) or "decoder_input_ids" in inputs:
-            return "without its output layer it is no decoder that takes inputs_embeds and past_key_values"
-        if text.model_type in TEXT_MODELS_WITH_OWN_CACHE:
-            return "it has a cache of its own"
-        if text.model_type == "falcon_h1":
-            return "it scales embeddings only where it looks them up itself"
-        if getattr(text, "hidden_size_per_layer_input", None):
-            return "its layers read token ids (hidden_size_per_layer_input), which images do not have"
-        return None
-
     def _vision_map(self) -> tuple[int, int]:
         """Width `C` and downsampling factor `F` of the tower's last map; raises ValueError on an unsupported tower."""
         vision = self.vision_config
@@ -213,18 +231,49 @@ class ConvLlavaConfig(PreTrainedConfig):
                 f"{', '.join(SUPPORTED_VISION_TOWERS)}: hierarchical towers whose output is a map."
             )
         if vision.model_type == "timm_wrapper":
-            return _probe_timm_map(vision.architecture, json.dumps(vision.model_args or {}, sort_keys=True))
+            return self._timm_map(vision.architecture, vision.model_args or {})
         widths, depths = list(vision.hidden_sizes), list(vision.depths)
         if not len(widths) == len(depths) == vision.num_stages or len(depths) not in (4, 5):
             raise ValueError(
                 f"vision_config has num_stages={vision.num_stages}, {len(depths)} depths and {len(widths)} "
                 "hidden_sizes; expected four or five of each."
             )
-        stem = DINOV3_STEM_STRIDE if vision.model_type == "dinov3_convnext" else vision.patch_size
-        if not isinstance(stem, int):
+        check_stages(depths, widths)
+        stem = STEM_STRIDE if vision.model_type == "dinov3_convnext" else vision.patch_size
+        if not isinstance(stem, int) or not 0 < stem <= MAX_WIDTH:
             raise ValueError(f"vision_config.patch_size={stem!r} is not supported; expected one integer.")
         # Every stage after the first halves the map.
         return widths[-1], stem * 2 ** (len(depths) - 1)
+
+    def _timm_map(self, architecture: str, arguments: dict) -> tuple[int, int]:
+        """`(C, F)` of a timm model by its name; raises ValueError on names and arguments that are not known to be safe.
+
+        timm would fetch or unpickle what some names and arguments point to.
+        """
+        convnext, fastvit = TIMM_CONVNEXT.fullmatch(architecture), TIMM_FASTVIT.fullmatch(architecture)
+        width = TIMM_CONVNEXT_WIDTHS.get(convnext[1]) if convnext else None
+        width = TIMM_FASTVIT_WIDTHS.get(fastvit[1]) if fastvit else width
+        if width is None:
+            raise ValueError(
+                f"vision_config.architecture={architecture!r} is not supported; expected a ConvNeXt, ConvNeXt V2 or "
+                "FastViT that timm ships, for example 'convnext_large', 'convnextv2_base', 'fastvit_mci3'."
+            )
+        for name, value in arguments.items():
+            kind = TIMM_ARGUMENTS.get(name) if convnext else None
+            if kind is None or not isinstance(value, (kind, int) if kind is float else kind):
+                allowed = f"of {', '.join(TIMM_ARGUMENTS)}, with their own types" if convnext else "none for a FastViT"
+                raise ValueError(
+                    f"vision_config.model_args of {architecture!r} has {name}={value!r}; expected {allowed}."
+                )
+        depths, widths = arguments.get("depths", [1] * 4), arguments.get("dims", [width] * 4)
+        if not len(depths) == len(widths) == 4:
+            raise ValueError(
+                f"vision_config.model_args has {len(depths)} depths and {len(widths)} dims; expected four of "
+                "each, as timm's ConvNeXt has."
+            )
+        check_stages(depths, widths)
+        stages = 5 if fastvit and fastvit[1] in TIMM_FIVE_STAGES else 4
+        return widths[-1], STEM_STRIDE * 2 ** (stages - 1)
 
     @property
     def vision_feature_size(self) -> int:
@@ -251,6 +300,21 @@ class ConvLlavaConfig(PreTrainedConfig):
         if text.model_type == "hyperclovax":
             return text.logits_scaling
         return 1.0 / getattr(text, "logits_scaling", 1.0)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves config.json, see `PreTrainedConfig`; `auto_map` names the classes whose code lies beside it.
+
+        A model that is saved puts its code there first. Servers and the stock trainer read other entries than that of
+        the class which was saved, so all classes of a file are named.
+        """
+        folder = Path(save_directory)
+        present = {
+            name: target for name, target in AUTO_MAP.items() if (folder / f"{target.partition('.')[0]}.py").is_file()
+        }
+        vars(self).pop("auto_map", None)
+        if present:
+            self.auto_map = present
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_diff_dict(self) -> dict:
         """What config.json gets; parts keep neither the path they came from nor the dtype of the whole.

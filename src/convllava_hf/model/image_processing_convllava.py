@@ -7,10 +7,18 @@ Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`expa
 a square of colour `int(mean * 255)`, resize (bicubic), scale by 1/255, normalise.
 """
 
+import base64
 import math
+import os
+from io import BytesIO
 
+from .configuration_convllava import ConvLlavaConfig  # noqa: F401  (checks the version of transformers)
+
+
+# isort: split
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -20,13 +28,16 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_type,
+    httpx,
 )
 from transformers.processing_utils import ImagesKwargs
 
 
 ASPECT_RATIOS = ("pad", "native", "squash")
-# A longer side is shrunk to this before it is padded to a square: a strip of 65,535 x 1 pixels would need 13 GB.
-MAX_SQUARE_SIDE = 16384
+# Longer sides are shrunk to this: the square around a strip of 65,535 x 1 pixels would need 13 GB, and models see far
+# less.
+MAX_SIDE = 16384
+ORIENTATION = 0x0112  # the EXIF tag
 # Beyond this ratio of the sides a row of cells says nothing about the image.
 MAX_SIDE_RATIO = 200
 # Pixels are read in strips of about this size: they fit into the second-level cache of a processor's core.
@@ -45,6 +56,9 @@ class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         max_image_tokens (`int`): larger images are shrunk to at most this many tokens (`native` only). Default: the
             tokens of `size`.
         max_upscale (`float`): no side is enlarged by more than this factor, except to fill one cell (`native` only).
+        original_rgb (`bool`): make images RGB as the original does, by Pillow's `convert("RGB")`: what transparency
+            hides is seen, 16-bit values are clipped, and the EXIF orientation is ignored. Default: see
+            [`convert_to_rgb`].
     """
 
     image_aspect_ratio: str
@@ -52,6 +66,63 @@ class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     min_image_tokens: int
     max_image_tokens: int | None
     max_upscale: float
+    original_rgb: bool
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Makes plain RGB of an image, as people see it: upright, transparent pixels white, deep pixels scaled to 8 bits.
+
+    Every way of this package to open an image ends here. Sides beyond 16,384 pixels are shrunk to that.
+
+    Args:
+        image: any Pillow image; stays as it is.
+
+    Returns:
+        An image of mode RGB, `image` itself where nothing has to be done.
+
+    Raises:
+        ValueError: floating-point or integer values of an unknown range.
+        OSError: broken data.
+    """
+    image.load()
+    try:
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF is common, and says nothing about the pixels
+        pass
+    if image.mode.startswith(("I", "F")):
+        image = _scale_to_8_bits(image)
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    height, width = get_bounded_size(image.height, image.width)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey pixels of 16 bits, of integers or of floating point as mode L; raises ValueError for an unknown range."""
+    pixels = np.asarray(image)  # (H, W)
+    low, high = pixels.min(), pixels.max()
+    if image.mode.startswith("I;16"):
+        scale = 255 / 65535
+    elif low >= 0 and high <= (1 if image.mode == "F" else 255):
+        scale = 255 if image.mode == "F" else 1
+    elif low >= 0 and high <= 255:
+        scale = 1
+    elif low >= 0 and high <= 65535:
+        scale = 255 / 65535
+    else:  # negative values, NaN among them, or more than 16 bits
+        raise ValueError(f"pixel values from {low} to {high}; expected 0 to 1 (floating point), 255 or 65535")
+    return Image.fromarray(np.rint(pixels.astype(np.float32) * scale).astype(np.uint8))
+
+
+def get_bounded_size(height: int, width: int) -> tuple[int, int]:
+    """`(height, width)` in pixels with the longer side at most `MAX_SIDE` and the same aspect ratio."""
+    scale = min(1.0, MAX_SIDE / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def get_native_size(
@@ -108,12 +179,6 @@ def get_native_size(
     return rows * factor, columns * factor
 
 
-def get_bounded_size(height: int, width: int) -> SizeDict:
-    """Size in pixels with the longer side at `MAX_SQUARE_SIDE` and the same aspect ratio, at least one pixel."""
-    scale = MAX_SQUARE_SIDE / max(height, width)
-    return SizeDict(height=max(1, round(height * scale)), width=max(1, round(width * scale)))
-
-
 class ConvLlavaImageProcessingMixin:
     """What both backends share: settings, target sizes and batching."""
 
@@ -134,6 +199,38 @@ class ConvLlavaImageProcessingMixin:
     min_image_tokens = 1
     max_image_tokens = None
     max_upscale = 2.0
+    original_rgb = False
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths, URLs and base64 with Pillow and leaves their pixels as they are, for [`convert_to_rgb`].
+
+        transformers' own loader would drop what transparency and 16 bits say.
+        """
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(item) for item in source]
+        if not isinstance(source, str):
+            return source
+        if source.startswith(("http://", "https://")):
+            response = httpx.get(source, follow_redirects=True)
+            response.raise_for_status()
+            return Image.open(BytesIO(response.content))
+        if os.path.isfile(source):
+            return Image.open(source)
+        try:
+            data = source.split(",")[1] if source.startswith("data:image/") else source
+            return Image.open(BytesIO(base64.decodebytes(data.encode())))
+        except Exception as error:  # broken data fails in every way there is
+            raise ValueError(
+                f"{source[:100]!r} is no image; expected a URL that begins with http:// or https://, the path of an "
+                f"image file, or an image in base64 ({error})"
+            ) from error
+
+    def _make_rgb(self, image: Image.Image, original_rgb: bool | None = None, **kwargs) -> Image.Image:
+        """A Pillow image in RGB, by the setting."""
+        if original_rgb:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        return convert_to_rgb(image)
 
     def get_processed_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
         """Size that an image is processed to, without touching its pixels.
@@ -151,7 +248,7 @@ class ConvLlavaImageProcessingMixin:
         """
         settings = {key: kwargs.get(key, getattr(self, key, None)) for key in self.valid_kwargs.__annotations__}
         settings = self._standardize_kwargs(**settings)
-        return self._target_size(height, width, **settings)
+        return self._target_size(*get_bounded_size(height, width), **settings)
 
     def num_image_tokens(self, height: int, width: int, **kwargs) -> int:
         """Number of tokens of an image of `height x width` pixels; arguments as for `get_processed_size`."""
@@ -217,18 +314,11 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         kwargs: see [`ConvLlavaImageProcessorKwargs`] and transformers' `ImagesKwargs`.
     """
 
-    def fetch_images(self, image_url_or_urls):
-        """Opens paths and URLs with Pillow, upright by their EXIF orientation: both backends then see the same pixels.
-
-        torchvision's decoder, which the base class would use, ignores the orientation and most formats.
-        """
-        return super(TorchvisionBackend, self).fetch_images(image_url_or_urls)
-
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, device=None, **kwargs):
         """Makes a `(3, H, W)` tensor of an image. A Pillow image that stays on the CPU only becomes RGB: its pixels are
         read while it is resized."""
         if get_image_type(image) == ImageType.PIL and do_convert_rgb:
-            image = image if image.mode == "RGB" else image.convert("RGB")
+            image = self._make_rgb(image, **kwargs)
             if device is None or torch.device(device).type == "cpu":
                 return image
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)  # (H, W, 3) -> (3, H, W)
@@ -280,13 +370,12 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         height, width = image.shape[-2:] if is_tensor else (image.height, image.width)
         target = self._target_size(height, width, do_resize=do_resize, **kwargs)
         pad = do_resize and kwargs["image_aspect_ratio"] == "pad"
-        if pad and max(height, width) > MAX_SQUARE_SIDE:
-            size = get_bounded_size(height, width)
-            if is_tensor:
-                image = self.resize(image[None], size, resample)[0]
+        if pad and max(height, width) > MAX_SIDE:
+            bounded = get_bounded_size(height, width)
+            if not is_tensor:
+                image, is_tensor = self._resize_strips(image, bounded, resample), True
             else:
-                image = self._resize_strips(image, (size.height, size.width), resample)
-                is_tensor = True
+                image = self.resize(image[None], SizeDict(height=bounded[0], width=bounded[1]), resample)[0]
         if not is_tensor:
             return self._resize_strips(image, target, resample, image_mean if pad else None)
         if pad:
@@ -350,6 +439,12 @@ class ConvLlavaImageProcessorPil(ConvLlavaImageProcessingMixin, PilBackend):
     """Image processor on Pillow and numpy: the original's arithmetic, exactly. Arguments as for
     [`ConvLlavaImageProcessor`]."""
 
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
+        """Makes a `(3, H, W)` array of an image."""
+        if get_image_type(image) == ImageType.PIL and do_convert_rgb:
+            image = self._make_rgb(image, **kwargs)
+        return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
+
     def _preprocess(self, images, return_tensors, disable_grouping=None, **kwargs) -> BatchFeature:
         """Processes `(3, H, W)` arrays; see [`ConvLlavaImageProcessor._preprocess`]."""
         processed = [self._process_one(image, **kwargs) for image in images]
@@ -365,8 +460,9 @@ class ConvLlavaImageProcessorPil(ConvLlavaImageProcessingMixin, PilBackend):
         target = self._target_size(height, width, do_resize=do_resize, **kwargs)
         if do_resize:
             if kwargs["image_aspect_ratio"] == "pad":
-                if max(height, width) > MAX_SQUARE_SIDE:
-                    image = self.resize(image, get_bounded_size(height, width), resample)
+                if max(height, width) > MAX_SIDE:
+                    bounded = get_bounded_size(height, width)
+                    image = self.resize(image, SizeDict(height=bounded[0], width=bounded[1]), resample)
                 image = self._pad_to_square(image, image_mean)
             if tuple(image.shape[-2:]) != target:
                 image = self.resize(image, SizeDict(height=target[0], width=target[1]), resample)

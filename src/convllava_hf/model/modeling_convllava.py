@@ -10,22 +10,30 @@ stage's map, row-major, no final norm, no class token) and `llava/model/llava_ar
 placeholder).
 """
 
+import inspect
 import re
+import sys
 from dataclasses import dataclass
 
+from .configuration_convllava import ConvLlavaConfig  # which checks the version of transformers
+
+
+# isort: split
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.models.convnext import modeling_convnext
 from transformers.models.convnextv2 import modeling_convnextv2
 from transformers.models.dinov3_convnext import modeling_dinov3_convnext
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 
-from .configuration_convllava import ConvLlavaConfig
+
+logger = logging.get_logger(__name__)
 
 
 # The towers' blocks with activation checkpointing, which transformers' own lack. They keep the names of their bases:
@@ -45,11 +53,72 @@ class DINOv3ConvNextLayer(GradientCheckpointingLayer, modeling_dinov3_convnext.D
 # Of ids that only round the vocabulary up: below every score that a language model gives. The lowest number of the
 # dtype would overflow where scores are averaged or divided, by label smoothing and by temperatures.
 PADDED_ID_SCORE = -1e3
+# Each was compared with its own causal language model class: scores, generation with a cache, saving.
+TESTED_TEXT_MODELS = (
+    "bloom",
+    "cohere",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "hyperclovax",
+    "llama",
+    "minicpm3",
+    "mistral",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+)
+# Their output layer is a linear one, but never shares the embeddings, which is where its name is read otherwise.
+UNTIED_TEXT_MODELS = ("bailing_hybrid", "kimi_linear", "nemotron_h")
 CHECKPOINTED_BLOCKS = {
     modeling_convnext.ConvNextLayer: ConvNextLayer,
     modeling_convnextv2.ConvNextV2Layer: ConvNextV2Layer,
     modeling_dinov3_convnext.DINOv3ConvNextLayer: DINOv3ConvNextLayer,
 }
+
+
+def check_text_model(config: ConvLlavaConfig) -> None:
+    """Refuses text models that cannot run behind an output layer of ours; read off their classes, nothing is built.
+
+    Args:
+        config: the model's configuration.
+
+    Raises:
+        ValueError: no causal language model of transformers, or one of another shape.
+    """
+    text = config.text_config
+    name = f"text_config.model_type={text.model_type!r}"
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} is not a causal language model of transformers; expected a type that AutoModelForCausalLM knows, "
+            "for example 'llama', 'qwen3', 'phi'. For a multimodal model pass its text configuration."
+        )
+    obstacle = None
+    headless = MODEL_MAPPING.get(type(text), None)
+    inputs = inspect.signature(headless.forward).parameters if headless else {}
+    if getattr(text, "is_encoder_decoder", False):
+        obstacle = "it has an encoder"
+    elif "lm_head.weight" not in (MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._tied_weights_keys or {}):
+        if text.model_type not in UNTIED_TEXT_MODELS:
+            obstacle = "its output layer is not a linear layer named lm_head"
+    if not obstacle and (not {"inputs_embeds", "past_key_values"}.issubset(inputs) or "decoder_input_ids" in inputs):
+        obstacle = "without its output layer it is no decoder that takes inputs_embeds and past_key_values"
+    if obstacle:
+        raise ValueError(
+            f"{name} is not supported: {obstacle}. Expected a decoder that takes embeddings and ends in one linear "
+            "layer, for example 'llama', 'qwen3', 'phi'."
+        )
+    if text.model_type not in TESTED_TEXT_MODELS:
+        logger.warning_once(
+            f"{name} is not among the language models that were compared with their own class behind this one: check "
+            f"its answers without images against AutoModelForCausalLM. Compared: {', '.join(TESTED_TEXT_MODELS)}."
+        )
 
 
 def build_vision_tower(config: ConvLlavaConfig) -> PreTrainedModel:
@@ -63,11 +132,13 @@ def build_vision_tower(config: ConvLlavaConfig) -> PreTrainedModel:
         and the head of a timm model are identities: they never get a gradient, so DDP would stop at them, and the
         released checkpoints do not hold them.
     """
-    # Convolutions have no attention; asking them for the text model's kernel (sdpa, flash) would be refused.
-    tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
+    # Convolutions have no attention; asking them for the text model's kernel (sdpa, flash) would be refused. timm
+    # chooses its own, and warns of being asked for eager.
+    is_timm = config.vision_config.model_type == "timm_wrapper"
+    tower = AutoModel.from_config(config.vision_config, attn_implementation="sdpa" if is_timm else "eager")
     for module in tower.modules():
         module.__class__ = CHECKPOINTED_BLOCKS.get(type(module), type(module))
-    if config.vision_config.model_type == "timm_wrapper":
+    if is_timm:
         for name in ("head", "fc"):
             if hasattr(tower.timm_model, name):
                 setattr(tower.timm_model, name, nn.Identity())
@@ -83,9 +154,11 @@ class ConvLlavaModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(sum of N over images, D)`, *optional*):
             Projected image features in reading order; `None` without images.
+        router_logits (`tuple`, *optional*): of a mixture-of-experts language model, with `output_router_logits`.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
 
 
 @dataclass
@@ -93,11 +166,14 @@ class ConvLlavaCausalLMOutputWithPast(ModelOutput):
     """Output of [`ConvLlavaForConditionalGeneration`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): mean next-token cross-entropy in nats, with `labels`.
+        loss (`torch.Tensor` of shape `()`, *optional*): mean next-token cross-entropy in nats, with `labels`; of a
+            mixture of experts with `output_router_logits` plus `router_aux_loss_coef` times `aux_loss`.
         logits (`torch.Tensor` of shape `(B, S, V)`): scores before the softmax.
         past_key_values (`Cache`, *optional*): keys and values of the language model.
         hidden_states, attentions (`tuple`, *optional*): of the language model, when asked for.
         image_hidden_states (`torch.Tensor` of shape `(sum of N over images, D)`, *optional*): projected features.
+        aux_loss (`torch.Tensor` of shape `()`, *optional*), router_logits (`tuple`, *optional*): how unevenly the
+            experts of a mixture are used, and the scores that choose them, with `output_router_logits`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -106,6 +182,8 @@ class ConvLlavaCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor] | None = None
     attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
 
 
 class ConvLlavaMultiModalProjector(nn.Module):
@@ -126,6 +204,35 @@ class ConvLlavaMultiModalProjector(nn.Module):
         for i in range(1, self.num_layers):
             hidden_states = getattr(self, f"linear_{i + 1}")(self.act(hidden_states))
         return hidden_states
+
+
+def count_vision_passes(batch: dict) -> int:
+    """How often the tower runs for a batch: once for each size among its images.
+
+    Args:
+        batch: what the model's forward is called with. `image_sizes` is read, so count before it moves to a GPU.
+
+    Returns:
+        0 for text and for cached `vision_features`; see `vision_passes` in [`ConvLlavaModel.forward`].
+    """
+    if batch.get("pixel_values") is None:
+        return 0
+    sizes = batch.get("image_sizes")
+    return 1 if sizes is None else len(sizes.unique(dim=0))
+
+
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Hidden states `(B, S, D)` at the positions to score, see [`ConvLlavaForConditionalGeneration.forward`].
+
+    Source: transformers, `modeling_utils.py`, `slice_logits_to_keep`, which the oldest supported version lacks.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
+        return hidden_states[logits_to_keep]  # (true places, D)
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 def set_trainable(model: nn.Module, patterns: list[str]) -> None:
@@ -206,6 +313,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
 
     def __init__(self, config: ConvLlavaConfig):
         super().__init__(config)
+        check_text_model(config)
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = ConvLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -233,6 +341,58 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             return features[:, 1:], outputs  # (I, N, C)
         return features.flatten(2).transpose(1, 2), outputs  # (I, C, h, w) -> (I, N, C)
 
+    def _list_sizes(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None, vision_passes: int | None
+    ) -> list[tuple[int, int]] | None:
+        """Heights and widths of the images; `None` where all fill `pixel_values`.
+
+        `vision_passes=1` says so without a look at `image_sizes`, which would wait for a GPU. Without it a traced
+        forward takes it for granted as well, and checks it when the program runs.
+        """
+        full = tuple(pixel_values.shape[-2:])
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no image; leave it out for text.")
+        if not torch.compiler.is_compiling():
+            self.config.num_image_tokens(*full)
+        if image_sizes is None:
+            return None
+        if len(image_sizes) != len(pixel_values):
+            raise ValueError(
+                f"image_sizes has {len(image_sizes)} entries for {len(pixel_values)} images in pixel_values; expected "
+                "one (height, width) per image."
+            )
+        if vision_passes == 1:
+            return None
+        if vision_passes is None and torch.compiler.is_compiling():
+            for side in range(2):
+                torch_compilable_check((image_sizes[:, side] == full[side]).all(), "images of one size")
+            return None
+        sizes = [tuple(size) for size in image_sizes.tolist()]
+        for height, width in set(sizes):
+            self.config.num_image_tokens(height, width)
+            if height > full[0] or width > full[1]:
+                raise ValueError(
+                    f"image_sizes names an image of {height}x{width} pixels, larger than pixel_values of "
+                    f"{full[0]}x{full[1]}; pass the image_sizes that the image processor gave with these pixel_values."
+                )
+        return None if set(sizes) == {full} else sizes
+
+    def _run_tower(
+        self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]] | None
+    ) -> tuple[tuple[torch.Tensor], int]:
+        """Features of images in reading order, `(N, C)` each or joined, and how many passes of the tower that took."""
+        if sizes is None:
+            features, _ = self._encode(pixel_values)  # (I, N, C)
+            return (features.flatten(0, 1),), 1
+        features, groups = [None] * len(sizes), {}
+        for index, size in enumerate(sizes):
+            groups.setdefault(size, []).append(index)
+        for (height, width), members in groups.items():
+            encoded, _ = self._encode(pixel_values[members, :, :height, :width])
+            for index, feature in zip(members, encoded, strict=True):
+                features[index] = feature  # (N, C)
+        return tuple(features), len(groups)
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -247,10 +407,10 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
                 the bottom. Cast to the tower's dtype.
             image_sizes (`torch.LongTensor` of shape `(I, 2)`, *optional*): height and width of each image in pixels
                 without padding. Default: every image fills `(H, W)`.
-            kwargs: `output_hidden_states=True` adds the tower's maps when all images have one size.
+            kwargs: `output_hidden_states=True` adds the tower's maps if all images fill `(H, W)`.
 
         Returns:
-            `last_hidden_state`: the tower's features, `(I, N, C)` for images of one size, else `(sum of N, C)`.
+            `last_hidden_state`: the tower's features, `(I, N, C)` if all images fill `(H, W)`, else `(sum of N, C)`.
             `pooler_output`: one tensor `(N_i, D)` of projected features per image.
             `hidden_states`: the tower's maps, if asked for.
 
@@ -258,42 +418,19 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             ValueError: a size that is no multiple of the downsampling factor, is larger than `pixel_values`, or a
                 number of sizes that is not the number of images.
         """
-        full = tuple(pixel_values.shape[-2:])
-        sizes = (
-            [full] * len(pixel_values)
-            if image_sizes is None
-            else [tuple(s) for s in torch.as_tensor(image_sizes).tolist()]
-        )
-        if not sizes or len(sizes) != len(pixel_values):
-            raise ValueError(
-                f"image_sizes has {len(sizes)} entries for {len(pixel_values)} images in pixel_values; expected at "
-                "least one image, and one (height, width) per image."
-            )
-        for height, width in set(sizes):
-            self.config.num_image_tokens(height, width)
-            if height > full[0] or width > full[1]:
-                raise ValueError(
-                    f"image_sizes names an image of {height}x{width} pixels, larger than pixel_values of "
-                    f"{full[0]}x{full[1]}; pass the image_sizes that the image processor gave with these pixel_values."
-                )
-        tower_kwargs = {key: kwargs[key] for key in ("output_hidden_states",) if kwargs.get(key) is not None}
-        if len(set(sizes)) == 1:
-            height, width = sizes[0]
-            features, outputs = self._encode(pixel_values[..., :height, :width], **tower_kwargs)
+        sizes = self._list_sizes(pixel_values, image_sizes, None)
+        if sizes is None:
+            keep = {key: kwargs[key] for key in ("output_hidden_states",) if kwargs.get(key) is not None}
+            features, outputs = self._encode(pixel_values, **keep)
             return BaseModelOutputWithPooling(
                 last_hidden_state=features,
                 pooler_output=tuple(self.multi_modal_projector(features)),
                 hidden_states=outputs.hidden_states,
             )
-        groups = {}
-        for index, size in enumerate(sizes):
-            groups.setdefault(size, []).append(index)
-        features, projected = [None] * len(sizes), [None] * len(sizes)
-        for (height, width), members in groups.items():
-            group, _ = self._encode(pixel_values[members, :, :height, :width])
-            for index, feature, embedding in zip(members, group, self.multi_modal_projector(group), strict=True):
-                features[index], projected[index] = feature, embedding
-        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(features), pooler_output=tuple(projected))
+        features, _ = self._run_tower(pixel_values, sizes)
+        joined = torch.cat(features)  # (sum of N, C)
+        projected = self.multi_modal_projector(joined).split([len(feature) for feature in features])
+        return BaseModelOutputWithPooling(last_hidden_state=joined, pooler_output=projected)
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
@@ -327,22 +464,57 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)  # (B, S, 1)
 
-    def _idle_vision_pass(self) -> torch.Tensor:
-        """Zero, through the tower and the projector on one blank cell.
-
-        In training with several processes every rank must join the collectives of the vision parameters, also one
-        whose batch has no image: FSDP2 deadlocks and DDP stops otherwise.
-        """
+    def _run_idle_pass(self) -> torch.Tensor:
+        """The tower's features of one blank cell, `(1, C)`."""
         side = self.config.downsampling_factor
         channels = getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
         # Batch norms (of some timm towers) refuse to train on one cell, and must not learn from a blank.
-        modes = {module: module.training for module in self.vision_tower.modules()}
-        self.vision_tower.eval()
+        norms = [module for module in self.vision_tower.modules() if isinstance(module, nn.BatchNorm2d)]
+        modes = [norm.training for norm in norms]
+        for norm in norms:
+            norm.eval()
         features, _ = self._encode(blank)
-        for module, mode in modes.items():
-            module.training = mode
-        return self.multi_modal_projector(features).sum() * 0.0
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.train(mode)
+        return features[0]
+
+    def _embed_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        vision_passes: int | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Projected features of all images `(sum of N, D)`, and a zero that went through idle passes; `None` for none.
+
+        The tower runs `vision_passes` times and the projector once, whatever the batch holds.
+        """
+        features, passes = [], 0
+        if vision_features is not None:
+            features.append(vision_features)
+        elif pixel_values is not None:
+            sizes = self._list_sizes(pixel_values, image_sizes, vision_passes)
+            encoded, passes = self._run_tower(pixel_values, sizes)
+            features += encoded
+        if vision_passes is None:
+            in_company = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+            vision_passes = max(passes, int(in_company and torch.distributed.get_world_size() > 1))
+        if passes > vision_passes:
+            raise ValueError(
+                f"vision_passes={vision_passes}, but the images of this batch have {passes} sizes, one pass each; pass "
+                "the largest count_vision_passes of all processes."
+            )
+        # Idle passes come last, so that the backward passes of all processes meet in one order as well.
+        idle = [self._run_idle_pass() for _ in range(vision_passes - passes)]
+        if not features and not idle:
+            return None, None
+        projector = self.multi_modal_projector.linear_1.weight
+        joined = torch.cat([part.to(projector.device, projector.dtype) for part in features + idle])
+        projected = self.multi_modal_projector(joined)  # (sum of N + idle passes, D)
+        num_features = len(joined) - len(idle)
+        zero = projected[num_features:].sum() * 0.0 if idle else None
+        return projected[:num_features] if features else None, zero
 
     @can_return_tuple
     def forward(
@@ -354,7 +526,9 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         vision_features: torch.FloatTensor | None = None,
+        vision_passes: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ConvLlavaModelOutputWithPast:
         """Replaces image placeholders by projected features and runs the language model.
@@ -366,35 +540,46 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             position_ids: `(B, S)`.
             past_key_values: cache of the language model.
             inputs_embeds: `(B, S, D)` in place of `input_ids`.
-            image_sizes: `(I, 2)` heights and widths in pixels.
+            image_sizes: `(I, 2)` heights and widths in pixels. A traced forward (torch.compile, torch.export) takes
+                images of one size, unless `vision_passes` tells how many sizes there are.
+            mm_encoder_outputs: `{"image": output of get_image_features}` in the place of `pixel_values`: what
+                `generate` makes once before its first step.
             vision_features: `(sum of N, C)`, the tower's features of all images in reading order, in the place of
-                `pixel_values`: the tower does not run.
+                `pixel_values`: the tower does not run, the projector does. For training on a cache of features.
+            vision_passes: how many times the tower runs in this forward. It runs once for each size among the images
+                (see [`count_vision_passes`]), and not at all for text and for `vision_features`. Where its weights are
+                sharded over processes (FSDP2, ZeRO-3), each pass is a collective, so every process must make as many:
+                pass the same number everywhere, the largest `count_vision_passes` of the processes' batches. Missing
+                passes run idle, on one blank cell whose features are multiplied by zero. The projector runs once in
+                any case, if there are images or passes. Default: what the batch needs, and in training with several
+                processes at least one, which is enough where all images have one size. `vision_passes=1` also
+                promises that all images fill `pixel_values`, so that `image_sizes` need not be read (and waited for).
 
         Returns:
             Hidden states `(B, S, D)` and what [`ConvLlavaModelOutputWithPast`] lists.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; placeholders that do not match the images.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; images in more than one form; placeholders
+                that do not match the images; fewer `vision_passes` than the images have sizes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(images is not None for images in (pixel_values, encoded, vision_features)) > 1:
+            raise ValueError("You cannot specify more than one of pixel_values, mm_encoder_outputs and vision_features")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, S, D)
 
-        image_features = None
-        if pixel_values is not None or vision_features is not None:
-            if vision_features is None:
-                image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
-                image_features = torch.cat(image_features)  # (sum of N, D)
-            else:
-                weight = self.multi_modal_projector.linear_1.weight
-                image_features = self.multi_modal_projector(vision_features.to(weight.device, weight.dtype))
+        if encoded is not None:
+            image_features, zero = torch.cat(tuple(encoded.pooler_output)), None  # (sum of N, D)
+        else:
+            image_features, zero = self._embed_images(pixel_values, image_sizes, vision_features, vision_passes)
+        if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)  # (sum of N, D)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, S, 1)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                inputs_embeds = inputs_embeds + self._idle_vision_pass().to(inputs_embeds.device, inputs_embeds.dtype)
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -410,6 +595,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            router_logits=getattr(outputs, "router_logits", None),
         )
 
 
@@ -465,22 +651,29 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        vision_passes: int | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ConvLlavaCausalLMOutputWithPast:
         r"""Next-token scores, and the loss with `labels`.
 
         Args:
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_sizes:
-                see [`ConvLlavaModel.forward`].
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_sizes,
+                mm_encoder_outputs, vision_features, vision_passes: see [`ConvLlavaModel.forward`].
             labels: `(B, S)` token ids, -100 where no loss is taken (image placeholders included).
-            logits_to_keep: compute scores for the last positions only; 0 keeps all.
+            output_router_logits: of a mixture-of-experts language model, add the auxiliary loss that balances its
+                experts. Default: what `text_config` says.
+            logits_to_keep: compute scores for the last positions only; 0 keeps all. A 1-D tensor of positions, a 2-D
+                one of positions per row, or a boolean mask `(B, S)`, whose scores come flat, `(true places, V)`.
 
         Returns:
             What [`ConvLlavaCausalLMOutputWithPast`] lists.
 
         Raises:
-            ValueError: see [`ConvLlavaModel.forward`].
+            ValueError: see [`ConvLlavaModel.forward`]; `output_router_logits` of a language model without experts.
 
         Example:
 
@@ -501,6 +694,11 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         >>> output = model.generate(**inputs, max_new_tokens=32)
         >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```"""
+        text = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = getattr(text, "output_router_logits", False)
+        if output_router_logits:
+            kwargs["output_router_logits"] = True
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -509,23 +707,27 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            vision_features=vision_features,
+            vision_passes=vision_passes,
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, S, V)
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, S, V)
         if self.config.text_logit_scale != 1.0:
             logits = logits * self.config.text_logit_scale
-        if (softcap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
+        if (softcap := getattr(text, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if self.config.vocab_padding:
             logits[..., -self.config.vocab_padding :] = PADDED_ID_SCORE
 
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
+        if output_router_logits:
+            aux_loss = self._balance_experts(outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)
         return ConvLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -533,46 +735,34 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
         )
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ):
-        """Repeats each row `expand_size` times (beams, samples) together with all images of that row.
+    def _balance_experts(self, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The loss that balances a mixture of experts, by the language model's own function.
 
-        The images of a batch lie in one list over all rows, so repeating image by image would pair the second image of
-        a row with the wrong text.
+        Raises:
+            ValueError: a language model without such a loss.
         """
-        pixel_values = model_kwargs.get("pixel_values")
-        if expand_size == 1 or pixel_values is None:
-            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        images = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "image_sizes")}
-        sizes = images["image_sizes"]
-        if sizes is None:
-            sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values)
-        tokens_per_image = [self.config.num_image_tokens(int(height), int(width)) for height, width in sizes]
-        if input_ids is None or input_ids.shape[1] == 0:
+        text = self.config.text_config
+        module = sys.modules[type(self.model.language_model).__module__]
+        balance = getattr(module, "load_balancing_loss_func", None)
+        if balance is None or not router_logits:
             raise ValueError(
-                "inputs_embeds with pixel_values cannot be repeated for beams or several samples: which image belongs "
-                "to which row is read off input_ids. Pass input_ids."
+                f"output_router_logits is not supported for text_config.model_type={text.model_type!r}, which gives "
+                "no scores of experts to balance; leave it out."
             )
-        order, image = [], 0
-        for tokens_in_row in (input_ids == self.config.image_token_id).sum(-1).tolist():
-            row = []
-            while tokens_in_row > 0 and image < len(tokens_per_image):
-                tokens_in_row -= tokens_per_image[image]
-                row.append(image)
-                image += 1
-            order.extend(row * expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        model_kwargs.update({key: value[order] for key, value in images.items() if value is not None})
-        return input_ids, model_kwargs
+        num_experts = getattr(text, "num_experts", None) or text.num_local_experts
+        return balance(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in `GenerationMixin`, but never generates a placeholder: it stands for an image that does not exist."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = generation_config.suppress_tokens or []
+        if self.config.image_token_id not in suppressed:
+            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
+        return generation_config, model_kwargs
 
 
 __all__ = ["ConvLlavaForConditionalGeneration", "ConvLlavaModel", "ConvLlavaPreTrainedModel"]

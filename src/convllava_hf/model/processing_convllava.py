@@ -8,6 +8,10 @@ Source of the original behaviour: alibaba/conv-llava, `llava/mm_utils.py` (`toke
 tokenised chunk by chunk between images, so SentencePiece puts its leading space before every chunk.
 """
 
+from .configuration_convllava import ConvLlavaConfig  # noqa: F401  (checks the version of transformers)
+
+
+# isort: split
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, ConvNextConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, ConvNextConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
 from convllava_hf.model import modeling_convllava
@@ -60,15 +61,102 @@ TEXT_MODELS = {
     "gpt2": {**SIZES, "n_inner": 48},  # tied, embeddings named wte
     "bloom": SIZES,  # no positions; tied, embeddings named word_embeddings
 }
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-TEXT_MODELS |= {"mixtral": {**GROUPED, **EXPERTS}, "qwen3_moe": {**GROUPED, **EXPERTS, "head_dim": 8}}
+EXPERTS = {
+    **GROUPED,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+LINEAR = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+OLD_GPT = {**SIZES, "n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_inner": 48, "n_positions": 64}
+TEXT_MODELS |= {
+    "bailing_hybrid": {**EXPERTS, **LATENT, "head_dim": 8, "layer_group_size": 2, "first_k_dense_replace": 1},
+    "codegen": OLD_GPT,
+    "cohere2": {**GROUPED, "sliding_window": 8},
+    "deepseek_v3": {**EXPERTS, **LATENT, "first_k_dense_replace": 1},
+    "ernie4_5": {**GROUPED, "head_dim": 8},
+    "exaone4": {**GROUPED, "sliding_window": 8},
+    "falcon": SIZES,
+    "gemma": {**GROUPED, "head_dim": 8},
+    "glm": {**GROUPED, "head_dim": 8},
+    "glm4": {**GROUPED, "head_dim": 8},
+    "gpt_neo": {
+        **SIZES,
+        "num_heads": 4,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gpt_oss": {**EXPERTS, "head_dim": 8, "sliding_window": 8},
+    "gptj": OLD_GPT,
+    "granitemoe": EXPERTS,
+    "helium": {**GROUPED, "head_dim": 8},
+    "kimi_linear": {
+        **EXPERTS,
+        **LATENT,
+        "first_k_dense_replace": 1,
+        "linear_attn_config": {
+            "kda_layers": [1],
+            "full_attn_layers": [2],
+            "num_heads": 4,
+            "head_dim": 8,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "lfm2": {**GROUPED, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
+    "mixtral": EXPERTS,
+    "mpt": {**SIZES, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2},
+    "nemotron": GROUPED,
+    "nemotron_h": {
+        **GROUPED,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "head_dim": 8,
+        "chunk_size": 8,
+    },
+    "olmo": GROUPED,
+    "olmo3": GROUPED,
+    "olmoe": EXPERTS,
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "persimmon": SIZES,
+    "qwen2_moe": EXPERTS,
+    "qwen3_5_text": {**GROUPED, **LINEAR},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "qwen3_next": {**EXPERTS, **LINEAR},
+    "seed_oss": {**GROUPED, "head_dim": 8},
+    "starcoder2": GROUPED,
+}
 # These run by default; the others are slow only by their number.
 COMMON = ("gemma2", "gpt2", "granite", "llama", "phi", "qwen3", "qwen3_moe")
-TIED = ("bloom", "cohere", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "minicpm3", "qwen2", "qwen3", "smollm3")
 
 
 def build_config(text: str) -> ConvLlavaConfig:
     """A configuration with a tiny four-stage tower (32 pixels a token) and the text model of that type."""
+    if text not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {text}")
     vision = ConvNextConfig(depths=[1] * 4, hidden_sizes=[8, 8, 16, 24], layer_scale_init_value=1.0)
     text_config = AutoConfig.for_model(text, **TEXT_MODELS[text])
     return ConvLlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMAGE)
@@ -133,11 +221,13 @@ def test_weights_and_their_ties_survive_saving(text, model, image_inputs, tmp_pa
     loaded, report = ConvLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert torch.equal(loaded(**image_inputs).logits, model(**image_inputs).logits)
+    tied = AutoModelForCausalLM.from_config(model.config.text_config)
+    tied = tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = set(file.keys())
     for instance in (model, loaded):
-        assert (instance.lm_head.weight is instance.get_input_embeddings().weight) == (text in TIED)
-    assert ("lm_head.weight" in saved) == (text not in TIED)
+        assert (instance.lm_head.weight is instance.get_input_embeddings().weight) == tied
+    assert ("lm_head.weight" in saved) == (not tied)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +258,7 @@ def test_text_models_that_nobody_compared_are_said_to_be(monkeypatch):
     assert not said
     monkeypatch.setattr(modeling_convllava, "TESTED_TEXT_MODELS", ("phi",))
     check_text_model(build_config("llama"))
-    assert len(said) == 1 and "'llama'" in said[0] and said[0].endswith("phi.")
+    assert len(said) == 1 and "'llama'" in said[0]
 
 
 def test_the_list_of_compared_text_models_is_that_of_this_test():

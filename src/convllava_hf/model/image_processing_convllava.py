@@ -442,7 +442,7 @@ class ConvLlavaImageProcessorPil(ConvLlavaImageProcessingMixin, PilBackend):
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
         """Makes a `(3, H, W)` array of an image."""
         if get_image_type(image) == ImageType.PIL and do_convert_rgb:
-            image = self._make_rgb(image, **kwargs)
+            image, do_convert_rgb = self._make_rgb(image, **kwargs), False
         return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
 
     def _preprocess(self, images, return_tensors, disable_grouping=None, **kwargs) -> BatchFeature:

@@ -54,25 +54,13 @@ class DINOv3ConvNextLayer(GradientCheckpointingLayer, modeling_dinov3_convnext.D
 # dtype would overflow where scores are averaged or divided, by label smoothing and by temperatures.
 PADDED_ID_SCORE = -1e3
 # Each was compared with its own causal language model class: scores, generation with a cache, saving.
-TESTED_TEXT_MODELS = (
-    "bloom",
-    "cohere",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "hyperclovax",
-    "llama",
-    "minicpm3",
-    "mistral",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "stablelm",
+TESTED_TEXT_MODELS = tuple(
+    """
+    bailing_hybrid bloom codegen cohere cohere2 deepseek_v3 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm
+    glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granite granitemoe helium hyperclovax kimi_linear lfm2 llama minicpm3
+    mistral mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3
+    qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2
+    """.split()
 )
 # Their output layer is a linear one, but never shares the embeddings, which is where its name is read otherwise.
 UNTIED_TEXT_MODELS = ("bailing_hybrid", "kimi_linear", "nemotron_h")
@@ -116,8 +104,8 @@ def check_text_model(config: ConvLlavaConfig) -> None:
         )
     if text.model_type not in TESTED_TEXT_MODELS:
         logger.warning_once(
-            f"{name} is not among the language models that were compared with their own class behind this one: check "
-            f"its answers without images against AutoModelForCausalLM. Compared: {', '.join(TESTED_TEXT_MODELS)}."
+            f"{name} is not among the {len(TESTED_TEXT_MODELS)} language models that were compared with their own "
+            "class behind this one: compare its answers without images with those of AutoModelForCausalLM."
         )
 
 

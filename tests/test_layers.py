@@ -25,6 +25,7 @@ FLOORS = (
     ("registration", "inference"),
     ("conversion", "data", "training"),
     ("hub",),
+    ("evaluation",),
     ("cli",),
     ("__init__",),
 )

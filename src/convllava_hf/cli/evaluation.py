@@ -1,0 +1,259 @@
+"""The commands around evaluation: `convllava eval`, `score`, `eval-report`, `eval-convert` and `ground`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import RevisionOption, report_errors
+
+
+QuestionsOption = Annotated[
+    Path | None, typer.Option("--questions", metavar="FILE", help="Question file.", show_default=False)
+]
+AnnotationsOption = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Truths, where they are in another file.", show_default=False)
+]
+
+
+def add_evaluation_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    app.command(name="eval")(evaluate)
+    app.command()(score)
+
+
+def evaluate(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="Hub id or path; none with --server or --rescore.")
+    ] = None,
+    *,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="scienceqa, pope, textvqa, ..., exact-match, contains, anls.")
+    ] = None,
+    questions: QuestionsOption = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the images.")] = None,
+    annotations: AnnotationsOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of results.")] = None,
+    rescore: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only compute the results of a folder again.", show_default=False)
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask an OpenAI-compatible server instead.", show_default=False)
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model of the server. [default: the first that it lists]")
+    ] = None,
+    prompt_style: Annotated[
+        str, typer.Option(metavar="NAME", help="checkpoint, convllava, llava, llavar or tinyllava.")
+    ] = "checkpoint",
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Questions at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first questions.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest answer. [default: the original's]")
+    ] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Most tokens of an image.")] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of sampling.")] = 0,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Count such questions as not answered instead of stopping.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, bfloat16, float16 or float32.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(metavar="4bit|8bit", help="Through bitsandbytes.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible judge of gpt-review.", show_default=False)
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="[default: the original's judge]")] = None,
+    references: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gpt-review: reference answers.", show_default=False)
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gpt-review: what is known of the images.", show_default=False)
+    ] = None,
+    review_kind: Annotated[str, typer.Option(metavar="NAME", help="text, visual, bench or llavar.")] = "visual",
+    revision: RevisionOption = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+):
+    """Ask a checkpoint the questions of a benchmark and score the answers, by the original's rule and by ours.
+
+    What is interrupted goes on with the same command. Several GPUs or machines share the work with the same options
+    behind `accelerate launch "$(command -v convllava)"`.
+
+    \b
+    Examples:
+      convllava eval MODEL --task pope --questions llava_pope_test.jsonl --images val2014 --annotations coco -o RESULTS
+      convllava eval MODEL --task anls --questions my.json --images images -o RESULTS --max-image-tokens 256
+      convllava eval --server http://localhost:8000/v1 --task textvqa --questions q.jsonl --images DIR -o RESULTS
+      convllava eval --rescore RESULTS
+    """
+    with report_errors():
+        from functools import partial
+
+        from ..evaluation import run
+
+        if rescore is not None:
+            report(run.rescore(rescore, questions, annotations), rescore)
+            return
+        if (checkpoint is None) == (server is None):
+            raise ValueError("give either a checkpoint, or --server URL (or --rescore DIR).")
+        if task is None or questions is None or output is None:
+            raise ValueError("--task, --questions and --output are needed; see `convllava eval --help`.")
+        settings = {"temperature": temperature, "seed": seed, "max_image_tokens": max_image_tokens}
+        rank, world, wait = 0, 1, lambda: None
+        if server is not None:
+            from ..evaluation.client import connect, find_model, make_server_answerer
+
+            client = connect(server)
+            name = model_name or find_model(client)
+            mark, settings["server"] = f"{server} {name}", server
+
+            def make(style, longest, options):
+                return make_server_answerer(client, name, images, style, longest, options)
+
+        else:
+            from accelerate import PartialState
+
+            from ..inference.load import load
+            from ..registration import register
+
+            register()
+            state = PartialState(cpu=device == "cpu")
+            rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
+            name, mark = checkpoint, run.hash_checkpoint(checkpoint)
+            place = device or (str(state.device) if world > 1 else None)
+            settings |= {"dtype": dtype, "quantize": quantize}
+
+            def make(style, longest, options):
+                model, processor = load(
+                    checkpoint,
+                    device=place,
+                    dtype=dtype,
+                    quantize=quantize,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                )
+                return run.make_local_answerer(model, processor, images, style, longest, options)
+
+        judge = None
+        if judge_url is not None:
+            judge = partial(review_answers, judge_url, judge_model, questions, references, context, review_kind, limit)
+        results = run.evaluate(
+            task,
+            questions,
+            output,
+            images,
+            annotations,
+            make_answerer=make,
+            model_id=name,
+            checkpoint_hash=mark,
+            prompt_style=prompt_style,
+            batch_size=batch_size,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            skip_bad_images=skip_bad_images,
+            settings=settings,
+            rank=rank,
+            world=world,
+            wait=wait,
+            judge=judge,
+        )
+        if rank == 0:
+            report(results, output)
+            if failed := results["problems"].get("requests that failed"):
+                raise ValueError(f"{failed['count']} requests failed and are not scored; the same command asks again.")
+
+
+def review_answers(url, model, questions, references, context, kind, limit, predictions, output) -> dict:
+    """Has a judge review the answers; results of it go beside them."""
+    from ..evaluation.client import Judge, connect, judge_answers
+    from ..evaluation.gpt_review import build_requests
+    from ..evaluation.scores import read_json_lines
+
+    if references is None or (context is None and kind != "text"):
+        raise ValueError("a review needs --references FILE, and --context FILE unless --review-kind text.")
+    answered = {row["question_id"]: row for row in predictions}
+    rows = zip(read_json_lines(questions)[:limit], read_json_lines(references), strict=False)
+    pairs = [(question, reference) for question, reference in rows if question["question_id"] in answered]
+    built = build_requests(
+        [question for question, _ in pairs],
+        [reference for _, reference in pairs],
+        [answered[question["question_id"]] for question, _ in pairs],
+        read_json_lines(context) if context else [],
+        kind,
+        model,
+    )
+    return judge_answers(Judge(connect(url), output / "judge_replies.jsonl"), built, output)
+
+
+def report(results: dict, folder: Path) -> None:
+    print_problems(results["problems"])
+    print_numbers(results["numbers"])
+    if "judge" in results:
+        print("judge:", ", ".join(f"{value} {name}" for name, value in results["judge"].items() if value != []))
+    print(f"results: {folder / 'results.json'}; a page: convllava eval-report {folder} --out page.html")
+
+
+def score(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Benchmark; see `convllava eval --help`.")],
+    *,
+    predictions: Annotated[Path, typer.Option(metavar="PATH", help="Answers of a model.", show_default=False)],
+    questions: QuestionsOption = None,
+    annotations: AnnotationsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the original computes, as JSON.")] = False,
+):
+    """Score predictions without a model, by the original's rule and by ours.
+
+    \b
+    Examples:
+      convllava score pope --questions llava_pope_test.jsonl --annotations coco --predictions answers.jsonl
+      convllava score textvqa --annotations TextVQA_0.5.1_val.json --predictions answers.jsonl --json
+      convllava score anls --questions my.jsonl --predictions answers.jsonl
+    """
+    with report_errors():
+        import json
+
+        from ..evaluation.tasks import score_task
+
+        result = score_task(task, predictions, questions, annotations)
+        print_problems(result.count_problems())
+        if not as_json:
+            print_numbers(result.summarise())
+        if "error" in result.original:
+            raise ValueError(f"the original's code stops here: {result.original['error']}.")
+        if as_json:
+            print(json.dumps(result.original, indent=1, ensure_ascii=False))
+        else:
+            print_original(result.original)
+
+
+def print_problems(problems: dict) -> None:
+    import sys
+
+    for kind, found in problems.items():
+        first = ", ".join(map(str, found["first"])) + (", ..." if found["count"] > len(found["first"]) else "")
+        print(f"warning: {kind}: {found['count']} ({first})", file=sys.stderr)
+
+
+def print_numbers(numbers: dict) -> None:
+    """A table: a number, by the original's rule and by ours, with the middle 95% of resampled questions."""
+    if not numbers:
+        return
+    width = max(len(name) for name in numbers)
+    print(f"{'':{width}}  {'original':>24}  {'ours':>24}  {'count':>6}")
+    for name, row in numbers.items():
+        cells = []
+        for rule in ("original", "ours"):
+            value, interval = row.get(rule), row.get(f"{rule}_interval")
+            cells.append("" if value is None else f"{value:.2f} ({interval[0]:.1f} to {interval[1]:.1f})")
+        print(f"{name:{width}}  {cells[0]:>24}  {cells[1]:>24}  {row['count']:>6}")
+
+
+def print_original(original: dict) -> None:
+    """What the original prints, where it prints something."""
+    for key, value in original.items():
+        if key == "stdout":
+            print("\n".join(value) if isinstance(value, list) else value)
+        elif isinstance(value, dict) and "stdout" in value:
+            print(f"{key}: {value['stdout']}")

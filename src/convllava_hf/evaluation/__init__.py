@@ -1,0 +1,1 @@
+"""Scores that equal the original projects' own, and what it takes to measure and show them."""

@@ -1,0 +1,400 @@
+"""The benchmarks by name: how their questions are read and asked, and which files score their predictions."""
+
+import base64
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import choices, gpt_review, grounding, metrics, mme
+from .scores import Score, join_answers, read_json, read_json_lines
+
+
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a project asks.
+
+    Args:
+        template: one of the package's chat templates; `None` keeps the checkpoint's own.
+        image_last: whether images follow the question.
+        suffix: whether ScienceQA and MMBench ask for a letter (other suffixes are part of the question files).
+    """
+
+    template: str | None = None
+    image_last: bool = False
+    suffix: bool = True
+
+
+# Source: the `model_vqa*.py` of each project.
+PROMPT_STYLES = {
+    "checkpoint": PromptStyle(),
+    "convllava": PromptStyle("vicuna_v1"),
+    "llava": PromptStyle("vicuna_v1"),
+    "tinyllava": PromptStyle("vicuna_v1"),
+    "llavar": PromptStyle("llavar", image_last=True, suffix=False),
+}
+
+
+@dataclass
+class Question:
+    """One question.
+
+    Args:
+        question_id: as the scorer knows it.
+        prompt: what the predictions file keeps.
+        text: what the model gets, without placeholders of images.
+        image: path below the folder of images, bytes, or `None`.
+        extra: more columns of the predictions file.
+    """
+
+    question_id: str | int
+    prompt: str
+    text: str
+    image: str | bytes | None = None
+    extra: dict = field(default_factory=dict)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a question file: JSON Lines, or a JSON list."""
+    with open(path, encoding="utf-8") as file:
+        is_list = file.read(64).lstrip().startswith("[")
+    return read_json(path) if is_list else read_json_lines(path)
+
+
+def read_llava_questions(path: Path, style: PromptStyle) -> list[Question]:
+    """LLaVA's question files (`question_id`, `image`, `text`) and training files (`id`, `image`, `conversations`)."""
+    questions = []
+    for number, row in enumerate(read_rows(path)):
+        if "conversations" in row:
+            text = re.sub(r"\s*<image>\s*", "\n", row["conversations"][0]["value"]).strip()
+        elif "text" in row or "question" in row:
+            text = row["text"] if "text" in row else row["question"]
+        else:
+            raise ValueError(
+                f"{path}, row {number}: neither 'text' nor 'conversations'; expected a LLaVA question file, or convert "
+                "it: convllava eval-convert --help."
+            )
+        name = row.get("question_id", row.get("id", number))
+        questions.append(Question(name, text, text, row.get("image")))
+    return questions
+
+
+def read_scienceqa_questions(path: Path, style: PromptStyle) -> list[Question]:
+    questions = read_llava_questions(path, style)
+    for question in questions:
+        if style.suffix:
+            question.text += f"\n{LETTER}"
+        question.prompt = question.text
+        if question.image:
+            question.prompt = f"{question.text}\n<image>" if style.image_last else f"<image>\n{question.text}"
+    return questions
+
+
+def read_mmbench_questions(path: Path, style: PromptStyle, suffix: str = LETTER) -> list[Question]:
+    rows = choices.read_mmbench(path)
+    images = {row["index"]: base64.b64decode(row["image"]) for row in rows}
+    return [
+        Question(
+            row["question_id"],
+            row["stored_prompt"],
+            row["text"],
+            images[row["question_id"]],
+            {key: row[key] for key in ("round_id", "options", "option_char")},
+        )
+        for row in choices.build_mmbench_prompts(rows, suffix if style.suffix else "")
+    ]
+
+
+def read_mmbench_cn_questions(path: Path, style: PromptStyle) -> list[Question]:
+    return read_mmbench_questions(path, style, LETTER_CN)
+
+
+def read_refcoco_questions(path: Path, style: PromptStyle) -> list[Question]:
+    texts = [(grounding.PROMPT.format(row["sent"]), row["image"]) for row in read_rows(path)]
+    return [Question(number, text, text, image) for number, (text, image) in enumerate(texts)]
+
+
+def read_ocr_questions(path: Path, style: PromptStyle) -> list[Question]:
+    rows = read_rows(path)
+    return [Question(n, row["question"], row["question"], row["image_path"]) for n, row in enumerate(rows)]
+
+
+# ---- files to scores
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a scorer reads.
+
+    Args:
+        predictions: JSON Lines with `question_id`, `prompt`, `text`, or what the task's own scorer reads.
+        questions: the question file.
+        annotations: the truths, where they are in another file or folder.
+        asked: ids of the questions that were asked; `None` for all.
+    """
+
+    predictions: Path
+    questions: Path | None = None
+    annotations: Path | None = None
+    asked: set | None = None
+
+    @property
+    def answers(self) -> list[dict]:
+        return read_json_lines(self.predictions)
+
+    @property
+    def given(self) -> list[Path]:
+        """The files that may hold truths."""
+        return [Path(file) for file in (self.annotations, self.questions) if file is not None]
+
+    def need(self, what: str) -> Path:
+        """The one file that a task needs beside the predictions; raises ValueError where there is none."""
+        found = self.questions or self.annotations
+        if found is None:
+            raise ValueError(f"{what} is missing; pass it as --questions FILE.")
+        return Path(found)
+
+    def find(self, test: Callable, what: str):
+        """The content of the first JSON file that passes a test; raises ValueError where none does."""
+        beside = [folder / name for folder in self.given for name in ("problems.json", "pid_splits.json")]
+        beside += [file.with_name("pid_splits.json") for file in self.given]
+        for file in (*self.given, *beside):
+            if file.suffix == ".json" and file.is_file() and test(content := read_json(file)):
+                return content
+        raise ValueError(f"{what} is missing; pass it as --annotations FILE.")
+
+    def keep(self, rows: list[dict], key: str = "question_id") -> list[dict]:
+        """The rows of questions that were asked."""
+        return [row for row in rows if self.asked is None or row[key] in self.asked]
+
+
+def _score_scienceqa(files: Files) -> Score:
+    problems = files.find(
+        lambda content: isinstance(content, dict) and "choices" in next(iter(content.values()), {}),
+        "problems.json of ScienceQA",
+    )
+    try:
+        split = files.find(lambda content: isinstance(content, dict) and isinstance(content.get("test"), list), "")[
+            "test"
+        ]
+    except ValueError:
+        split = [name for name, row in problems.items() if row.get("split", "test") == "test"]
+    split = [name for name in split if files.asked is None or name in files.asked]
+    return choices.score_scienceqa(problems, split, files.answers)
+
+
+def _score_pope(files: Files) -> Score:
+    rows = read_rows(files.need("POPE's question file, which says the category of each question,"))
+    place = files.given[0] if files.annotations else files.given[0].with_name("coco")
+    found = [place] if place.is_file() else sorted(place.glob("coco_pope_*.json"))
+    if not found:
+        raise ValueError(f"no coco_pope_*.json in {place}; pass POPE's folder of labels as --annotations DIR.")
+    labels = {file.stem.removeprefix("coco_pope_"): read_json_lines(file) for file in found}
+    if files.asked is not None:
+        for category, truths in labels.items():
+            names = [row["question_id"] for row in rows if row["category"] == category]
+            labels[category] = [truth for name, truth in zip(names, truths, strict=False) if name in files.asked]
+        labels = {category: truths for category, truths in labels.items() if truths}
+    return metrics.score_pope(files.keep(rows), files.answers, labels)
+
+
+def _score_textvqa(files: Files) -> Score:
+    truths = files.find(lambda content: isinstance(content, dict) and "data" in content, "TextVQA_0.5.1_val.json")
+    return metrics.score_textvqa(truths, files.answers, files.predictions.stem)
+
+
+def _convert_vqa(convert: Callable) -> Callable[[Files], Score]:
+    def score(files: Files) -> Score:
+        broken = []
+        answers = read_json_lines(files.predictions, broken)
+        score = convert(files.keep(read_rows(files.need("the question file of the split"))), answers, len(broken))
+        score.problems["lines that are no JSON"] += broken
+        return score
+
+    return score
+
+
+def _score_gqa(files: Files) -> Score:
+    truths = files.find(lambda content: isinstance(content, dict), "the file of GQA's answers")
+    truths = {name: row if isinstance(row, dict) else {"answer": row} for name, row in truths.items()}
+    truths = {name: row for name, row in truths.items() if files.asked is None or name in files.asked}
+    return metrics.score_gqa(truths, files.answers)
+
+
+def _score_mmbench(files: Files) -> Score:
+    rows = files.keep(choices.read_mmbench(files.need("MMBench's table")), "index")
+    return choices.convert_mmbench(rows, files.answers)
+
+
+def _score_seed(files: Files) -> Score:
+    truths = dict(files.find(lambda content: isinstance(content, dict) and "questions" in content, "SEED-Bench.json"))
+    if files.asked is not None:
+        known = files.asked | {str(name) for name in files.asked}
+        truths["questions"] = [row for row in truths["questions"] if row["question_id"] in known]
+    return choices.score_seed(truths, files.answers)
+
+
+def _score_mmvet(files: Files) -> Score:
+    return metrics.convert_mmvet(files.answers)
+
+
+def _score_mme(files: Files) -> Score:
+    if files.predictions.suffix == ".jsonl":
+        folder = next((file for file in files.given if file.is_dir()), None)
+        if folder is None:
+            raise ValueError("pass MME's folder (MME_Benchmark_release_version) as --annotations DIR.")
+        texts = mme.convert_mme(mme.read_mme_truths(folder), files.answers)
+        score = mme.score_mme({name: text.splitlines(keepends=True) for name, text in texts.items()})
+        score.original["converter"] = {f"{name}.txt": text for name, text in texts.items()}
+        return score
+    found = [files.predictions] if files.predictions.is_file() else sorted(files.predictions.glob("*.txt"))
+    if not found:
+        raise ValueError(f"no .txt file in {files.predictions}; expected MME's results, one file per task.")
+    tasks = {}
+    for file in found:
+        with open(file, encoding="utf-8") as lines:
+            tasks[file.stem] = lines.readlines()
+    score = mme.score_mme(tasks)
+    if files.predictions.is_file():
+        score.original = score.original["tasks"][found[0].stem]
+    return score
+
+
+def _score_multimodal_ocr(files: Files) -> Score:
+    rows = read_rows(files.predictions)
+    if not rows or "gt_answers" in rows[0]:
+        return metrics.score_multimodal_ocr(rows)
+    said = {row["question_id"]: row["text"] for row in rows}
+    truths = read_rows(files.need("the benchmark's file with 'gt_answers'"))
+    truths = truths[: None if files.asked is None else len(files.asked)]
+    rows = [{**row, "answer": said[number]} for number, row in enumerate(truths) if number in said]
+    score = metrics.score_multimodal_ocr(rows)
+    score.problems["questions without an answer"] += [number for number in range(len(truths)) if number not in said]
+    return score
+
+
+def _score_refcoco(files: Files) -> Score:
+    truths, rows = read_rows(files.need("the question file of RefCOCO")), read_rows(files.predictions)
+    truths = truths[: None if files.asked is None else len(files.asked)]
+    if not rows or "question_id" not in rows[0]:
+        return grounding.score_refcoco(truths, [row["answer"] for row in rows])
+    problems = defaultdict(list)
+    said = join_answers(rows, range(len(truths)), problems)
+    score = grounding.score_refcoco(truths, [said.get(n, {"text": ""})["text"] for n in range(len(truths))])
+    score.problems |= problems
+    return score
+
+
+def _score_reviews(files: Files) -> Score:
+    if files.predictions.suffix == ".json":
+        replies = read_json(files.predictions)
+        return Score({"parse_score": [{"reply": reply, "scores": gpt_review.parse_review(reply)} for reply in replies]})
+    is_folder = files.predictions.is_dir()
+    found = sorted(files.predictions.glob("*.jsonl")) if is_folder else [files.predictions]
+    score = gpt_review.score_reviews([row for file in found for row in read_json_lines(file)])
+    score.original["summary"] = {"dir" if is_folder else "files": gpt_review.print_summary(found)}
+    if not is_folder:
+        lines = gpt_review.print_llavar_summary(files.predictions, str(files.predictions))
+        score.original["summary"]["llavar_variant"] = lines
+    return score
+
+
+def _score_plain(comparison: str) -> Callable[[Files], Score]:
+    def score(files: Files) -> Score:
+        truths, categories = {}, {}
+        for file in files.given:
+            for number, row in enumerate(read_rows(file)):
+                name = row.get("question_id", row.get("id", number))
+                truth = next((row[key] for key in ("answer", "answers", "label", "gt_answers") if key in row), None)
+                if truth is None and "conversations" in row:
+                    truth = row["conversations"][1]["value"]
+                if truth is not None and (files.asked is None or name in files.asked):
+                    truths[name] = truth
+                    categories[name] = row.get("category")
+        if not truths:
+            raise ValueError("no question has an 'answer'; put them into the question file or pass --annotations FILE.")
+        return metrics.score_plain(comparison, truths, files.answers, categories)
+
+    return score
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Args:
+        read: (question file, style) -> questions.
+        score: reads the files and scores.
+        max_new_tokens: longest answer, as the original asks for it.
+    """
+
+    read: Callable[[Path, PromptStyle], list[Question]]
+    score: Callable[[Files], Score]
+    max_new_tokens: int = 128
+
+
+TASKS = {
+    "scienceqa": Task(read_scienceqa_questions, _score_scienceqa, 1024),
+    "pope": Task(read_llava_questions, _score_pope),
+    "textvqa": Task(read_llava_questions, _score_textvqa),
+    "vqav2": Task(read_llava_questions, _convert_vqa(metrics.convert_vqav2)),
+    "vizwiz": Task(read_llava_questions, _convert_vqa(metrics.convert_vizwiz)),
+    "gqa": Task(read_llava_questions, _score_gqa),
+    "mmbench": Task(read_mmbench_questions, _score_mmbench, 1024),
+    "mmbench_cn": Task(read_mmbench_cn_questions, _score_mmbench, 1024),
+    "seed_bench": Task(read_llava_questions, _score_seed),
+    "mmvet": Task(read_llava_questions, _score_mmvet, 1024),
+    "mme": Task(read_llava_questions, _score_mme),
+    "multimodal_ocr": Task(read_ocr_questions, _score_multimodal_ocr, 256),
+    "refcoco": Task(read_refcoco_questions, _score_refcoco, 100),
+    "gpt_review": Task(read_llava_questions, _score_reviews, 1024),
+    **{name: Task(read_llava_questions, _score_plain(name)) for name in metrics.COMPARISONS},
+}
+
+
+def find_task(name: str) -> tuple[str, Task]:
+    """A task by its name, with `-` or `_`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    key = name.replace("-", "_").lower()
+    if key not in TASKS:
+        raise ValueError(f"task {name!r}; expected one of {', '.join(TASKS)}.")
+    return key, TASKS[key]
+
+
+def score_task(
+    name: str,
+    predictions: Path,
+    questions: Path | None = None,
+    annotations: Path | None = None,
+    asked: set | None = None,
+) -> Score:
+    """Scores a file of predictions.
+
+    Args:
+        name: of the task.
+        predictions: JSON Lines with `question_id`, `prompt`, `text`, or what the task's own scorer reads.
+        questions: the question file.
+        annotations: the truths, where they are in another file or folder.
+        asked: ids of the questions that were asked. Default: all of the file.
+
+    Raises:
+        ValueError: a file that is missing, or that does not fit the task.
+    """
+    key, task = find_task(name)
+    for file in (predictions, questions, annotations):
+        if file is not None and not Path(file).exists():
+            raise ValueError(f"{file} does not exist.")
+    try:
+        return task.score(Files(Path(predictions), questions, annotations, asked))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{type(error).__name__}: {error}. The files do not fit the task {key}; see docs/evaluation.md."
+        ) from error

@@ -1,0 +1,248 @@
+"""`convllava eval`: resumable, sharded, by a server, judged; what is wrong with the input is counted and named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from convllava_hf.cli.app import app
+
+
+CONVLLAVA = Path(sys.executable).with_name("convllava")
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Questions of several lengths about images of two shapes, and one about none."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for number in range(9):
+        size = (64, 48) if number % 3 else (40, 90)
+        Image.linear_gradient("L").convert("RGB").resize(size).rotate(37 * number).save(folder / f"{number}.png")
+        text = f"What is {' and '.join(['this'] * (number % 4 + 1))}?\nAnswer the question using a single word or phrase."
+        rows.append({"question_id": number, "image": f"{number}.png", "text": text, "answer": "x"})
+    rows[4].pop("image")
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "questions.jsonl"
+
+
+def build_command(checkpoint, questions: Path, output: Path, *more) -> list[str]:
+    command = ["eval", checkpoint, "--task", "contains", "--questions", questions, "--images", questions.parent]
+    command += ["--output", output, "--batch-size", 2, "--max-new-tokens", 6, "--device", "cpu", *more]
+    return [str(part) for part in command if part is not None]
+
+
+@pytest.fixture(scope="module")
+def evaluated(converted, questions, tmp_path_factory) -> Path:
+    """A whole evaluation of the reference checkpoint."""
+    output = tmp_path_factory.mktemp("evaluated") / "results"
+    result = run(app, build_command(converted, questions, output))
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_those_of_one_at_a_time(evaluated, converted, questions):
+    import convllava_hf
+
+    model, processor = convllava_hf.load(converted, device="cpu")
+    predictions = read_lines(evaluated / "predictions.jsonl")
+    assert [row["question_id"] for row in predictions] == list(range(9))
+    assert set(predictions[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    for row, asked in zip(predictions, read_lines(questions), strict=True):
+        images = [questions.parent / asked["image"]] if "image" in asked else []
+        alone = convllava_hf.answer(model, processor, asked["text"], images=images, max_new_tokens=6)
+        assert row["text"] == alone and row["prompt"] == asked["text"]
+    assert len({row["text"] for row in predictions}) > 3, "answers that are all alike would prove nothing"
+    results = json.loads((evaluated / "results.json").read_text())
+    assert results["answers"] == 9 and results["asked"]["checkpoint"] and results["versions"]["transformers"]
+    assert results["numbers"]["contains"]["ours_interval"]
+
+
+def test_a_torn_file_is_mended_to_the_same_bytes(evaluated, converted, questions, tmp_path):
+    """What `kill -9` leaves: whole batches, a half batch and a torn line."""
+    output = tmp_path / "results"
+    output.mkdir()
+    whole = (evaluated / "answers-000.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (output / "answers-000.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:9])
+    (output / "run.json").write_bytes((evaluated / "run.json").read_bytes())
+    assert run(app, build_command(converted, questions, output)).exit_code == 0
+    assert (output / "answers-000.jsonl").read_bytes() == whole
+    assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_killed_and_started_again(evaluated, converted, questions, tmp_path):
+    output = tmp_path / "results"
+    command = [str(CONVLLAVA), *build_command(converted, questions, output)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (output / "answers-000.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True)
+    for name in ("answers-000.jsonl", "predictions.jsonl"):
+        assert (output / name).read_bytes() == (evaluated / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_result(evaluated, converted, questions, tmp_path):
+    output = tmp_path / "results"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(CONVLLAVA)]
+    done = subprocess.run([*launch, *build_command(converted, questions, output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(output.glob("answers-*.jsonl"))) == 2
+    assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
+
+
+def test_rescore_needs_the_predictions_alone(evaluated, tmp_path):
+    output = tmp_path / "moved"
+    output.mkdir()
+    for name in ("run.json", "predictions.jsonl"):
+        (output / name).write_bytes((evaluated / name).read_bytes())
+    result = run(app, ["eval", "--rescore", str(output)])
+    assert result.exit_code == 0, result.output
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (output, evaluated))
+    assert found["numbers"] == expected["numbers"]
+
+
+def test_a_folder_of_another_checkpoint_is_refused(evaluated, converted, questions, tmp_path):
+    known = json.loads((evaluated / "run.json").read_text())
+    known["asked"]["checkpoint"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(known))
+    result = run(app, build_command(converted, questions, tmp_path))
+    assert result.exit_code == 2 and "checkpoint" in result.output
+
+
+def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
+    rows = read_lines(questions)[:3]
+    rows[1]["image"] = "nowhere.png"
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = build_command(converted, file, tmp_path / "results")
+    command[command.index("--images") + 1] = str(questions.parent)
+    stopped = run(app, command)
+    assert stopped.exit_code == 2 and "1 of 3 images" in stopped.output and "nowhere.png" in stopped.output
+    assert run(app, [*command, "--skip-bad-images"]).exit_code == 0
+    problems = json.loads((tmp_path / "results" / "results.json").read_text())["problems"]
+    assert problems["images that cannot be read"] == {"count": 1, "first": [1]}
+    assert problems["questions without an answer"] == {"count": 1, "first": [1]}
+
+
+def test_duplicates_and_strangers_are_counted_and_named(questions, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    rows = [{"question_id": name, "prompt": "", "text": "x"} for name in (0, 0, 1, 99)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(app, ["score", "contains", "--questions", str(questions), "--predictions", str(file)])
+    assert result.exit_code == 0
+    for line in ("answered twice: 1 (0)", "answers without a question: 1 (99)", "questions without an answer: 7"):
+        assert line in result.output
+
+
+# ---- a server on loopback
+
+
+class Talk(BaseHTTPRequestHandler):
+    """Answers chats with what the test put into `reply`; refuses as many as `failures` says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send(200, {"object": "list", "data": [{"id": "toy", "object": "model"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            self.send(503, {"error": {"message": "busy"}}, {"retry-after-ms": "1"})
+            return
+        text = self.server.reply(body)
+        if text is None:
+            self.send(400, {"error": {"message": "refused"}})
+            return
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        head = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        self.send(200, {**head, "choices": [message], "usage": usage})
+
+    def send(self, status: int, content: dict, headers: dict | None = None):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def talk():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Talk)
+    server.requests, server.failures, server.reply = [], 0, lambda body: "X marks it"
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, questions, tmp_path):
+    talk.failures = 2
+    talk.reply = lambda body: None if "this and this and this and this" in str(body["messages"]) else "X marks it"
+    command = build_command(None, questions, tmp_path / "results", "--server", talk.url)
+    result = run(app, command)
+    assert result.exit_code == 2 and "2 requests failed and are not scored" in result.output
+    assert [row["question_id"] for row in read_lines(tmp_path / "results" / "predictions.jsonl")] == [0, 1, 2, 4, 5, 6, 8]
+    parts = next(body for body in talk.requests if "single word" in str(body))["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url", "text"]
+    talk.reply, asked = (lambda body: "X marks it"), len(talk.requests)
+    assert run(app, command).exit_code == 0
+    assert len(talk.requests) - asked == 2, "only what has no answer is asked again"
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["numbers"]["contains"]["ours"] == 100 and "requests that failed" not in results["problems"]
+
+
+def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
+    room = reference / "evaluation" / "gpt_review"
+    talk.reply = lambda body: "Steamed rice." if len(body["messages"]) == 1 else "(8, 6)\nBecause."
+    command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", room / "text_questions.jsonl"]
+    command += ["--output", tmp_path, "--judge-url", talk.url, "--references", room / "text_answers_ref.jsonl"]
+    command = [str(part) for part in [*command, "--review-kind", "text"]]
+    judged = talk.reply
+    talk.reply = lambda body: None if "12 times 11" in str(body) and len(body["messages"]) > 1 else judged(body)
+    first = run(app, command)
+    assert first.exit_code == 0, first.output
+    assert json.loads((tmp_path / "results.json").read_text())["judge"]["without a review"] == [2]
+    talk.reply, asked = judged, len(talk.requests)
+    assert run(app, command).exit_code == 0
+    assert len(talk.requests) - asked == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["judge"] == {
+        **{"prompt_tokens": 40, "completion_tokens": 8, "cached": 3, "failed": 0},
+        "without a review": [],
+    }
+    # The rules for mathematics ask for a tuple, which the original cannot read: it counts -1 for both sides.
+    relative = results["numbers"]["relative score"]
+    assert relative["ours"] == pytest.approx(75) and relative["original"] == 100
+    assert results["problems"]["replies that the original cannot read"]["count"] == 4

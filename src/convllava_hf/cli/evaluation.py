@@ -157,6 +157,7 @@ def evaluate(
             rank=rank,
             world=world,
             wait=wait,
+            whole_batches=server is None,
             judge=judge,
         )
         if rank == 0:

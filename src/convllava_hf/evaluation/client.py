@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ..images import load_image
-from .run import Answerer, append_answers, open_image
+from .run import Answerer, append_answers, open_images
 from .tasks import PromptStyle, Question
 
 
@@ -84,11 +84,10 @@ def make_server_answerer(
     from openai import OpenAIError
 
     def ask(question: Question) -> str | Exception:
-        source = open_image(question, images)
-        content = [{"type": "text", "text": question.text}]
-        if source is not None:
-            picture = {"type": "image_url", "image_url": {"url": encode_image(source)}}
-            content.insert(len(content) if style.image_last else 0, picture)
+        sources = open_images(question, images)
+        pictures = [{"type": "image_url", "image_url": {"url": encode_image(source)}} for source in sources]
+        text = [{"type": "text", "text": question.text}]
+        content = [*text, *pictures] if style.image_last else [*pictures, *text]
         try:
             reply = client.chat.completions.create(
                 model=model,

@@ -54,14 +54,17 @@ def hash_checkpoint(checkpoint: str) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def open_image(question: Question, images: Path | None) -> bytes | Path | None:
-    """Where the image of a question is; raises ImageError where it is not."""
-    if question.image is None or isinstance(question.image, bytes):
-        return question.image
-    path = Path(images or ".") / question.image
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file")
-    return path
+def open_images(question: Question, folder: Path | None) -> list[bytes | Path | Image.Image]:
+    """What `load_image` reads the images of a question from; raises ImageError where a file is missing."""
+    found = []
+    for image in question.image if isinstance(question.image, list) else [question.image]:
+        if isinstance(image, str):
+            image = Path(folder or ".") / image
+            if not image.is_file():
+                raise ImageError(f"{image}: no such file")
+        if image is not None:
+            found.append(image)
+    return found
 
 
 def plan_batches(questions: list[Question], sizes: dict[int, tuple], batch_size: int) -> list[list[int]]:
@@ -88,14 +91,13 @@ def read_sizes(questions: list[Question], images: Path | None) -> tuple[dict[int
     sizes, bad = {}, {}
     for index, question in enumerate(questions):
         try:
-            source = open_image(question, images)
-            if source is None:
-                sizes[index] = (0, 0)
-                continue
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                sizes[index] = (opened.height, opened.width)
+            sizes[index] = (0, 0)
+            for source in open_images(question, images):
+                with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                    sizes[index] = (opened.height, opened.width)
         except Exception as error:  # Pillow raises whatever a broken file makes its readers stumble over
             bad[index] = str(error)
+            del sizes[index]
     return sizes, bad
 
 
@@ -130,9 +132,11 @@ def make_local_answerer(
     end = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
 
     def answer(questions: list[Question]) -> list[str | Exception]:
-        sources = [open_image(question, images) for question in questions]
-        pictures = [None if source is None else load_image(source) for source in sources]
-        chats = [build_chat(*pair, style) for pair in zip(questions, pictures, strict=True)]
+        sources = [open_images(question, images) for question in questions]
+        chats = [
+            build_chat(question, [load_image(source) for source in found], style)
+            for question, found in zip(questions, sources, strict=True)
+        ]
         inputs = processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -154,15 +158,15 @@ def make_local_answerer(
     return answer
 
 
-def build_chat(question: Question, image: Image.Image | None, style: PromptStyle) -> list[dict]:
-    """The chat of one question, its image where the style wants it."""
+def build_chat(question: Question, images: list[Image.Image], style: PromptStyle) -> list[dict]:
+    """The chat of one question, its images where the style wants them."""
     text = question.text
     if "<image>" in text:
         raise ValueError(f"question {question.question_id!r} has '<image>' in its text; convert the file first.")
-    picture = [] if image is None else [{"type": "image", "image": image}]
-    if picture and style.image_last:
-        return [{"role": "user", "content": [{"type": "text", "text": f"{text}\n"}, *picture]}]
-    return [{"role": "user", "content": [*picture, {"type": "text", "text": text}]}]
+    pictures = [{"type": "image", "image": image} for image in images]
+    if pictures and style.image_last:
+        return [{"role": "user", "content": [{"type": "text", "text": f"{text}\n"}, *pictures]}]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
 def append_answers(file: Path, rows: list[dict]) -> None:
@@ -221,10 +225,12 @@ def answer_all(
     folder: Path,
     rank: int = 0,
     world: int = 1,
+    whole_batches: bool = True,
 ) -> tuple[dict[int, str], float]:
     """Answers what is not answered yet, batch by batch of the plan.
 
-    A batch that was half written is answered again as a whole, so its answers are those of an unbroken run.
+    Numbers of a batch depend on its other rows, in their last digits. So a batch that was half written is answered
+    again as a whole, and its answers are those of an unbroken run; with `whole_batches=False` only what is missing is.
 
     Returns:
         Index -> error for questions without an answer, and samples per second.
@@ -235,16 +241,17 @@ def answer_all(
     first, started = sum(index in done for batch in mine for index in batch), time.monotonic()
     progress = tqdm(total=sum(map(len, mine)), initial=first, unit=" samples", disable=rank > 0)
     for batch in mine:
-        if all(index in done for index in batch):
+        missing = [index for index in batch if index not in done]
+        if not missing:
             continue
-        rows = []
+        batch, rows = batch if whole_batches else missing, []
         for index, text in zip(batch, answer([questions[index] for index in batch]), strict=True):
             if isinstance(text, Exception):
                 errors[index] = str(text)
             elif index not in done:
                 rows.append({"index": index, "text": text})
         append_answers(file, rows)
-        progress.update(len(batch))
+        progress.update(len(missing))
     progress.close()
     return errors, (progress.n - first) / max(time.monotonic() - started, 1e-9)
 
@@ -368,6 +375,7 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     wait: Callable[[], None] = lambda: None,
+    whole_batches: bool = True,
     judge: Callable[[list[dict], Path], dict] | None = None,
 ) -> dict:
     """Asks a model a benchmark's questions and scores the answers. Interrupted, it goes on where it was.
@@ -389,6 +397,7 @@ def evaluate(
         settings: of generation.
         rank, world: this process among all that share the work.
         wait: returns when all processes have come here.
+        whole_batches: see `answer_all`.
         judge: (predictions, folder) -> more results; writes `reviews.jsonl`.
 
     Returns:
@@ -437,7 +446,8 @@ def evaluate(
     wait()
     errors, speed = {}, None
     if any(index not in done for index in sizes):
-        errors, speed = answer_all(asked, batches, make_answerer(style, longest, settings), output, rank, world)
+        answerer = make_answerer(style, longest, settings)
+        errors, speed = answer_all(asked, batches, answerer, output, rank, world, whole_batches)
     write_json(output / f".errors-{rank:03d}.json", {str(asked[i].question_id): text for i, text in errors.items()})
     wait()
     if rank:

@@ -48,14 +48,14 @@ class Question:
         question_id: as the scorer knows it.
         prompt: what the predictions file keeps.
         text: what the model gets, without placeholders of images.
-        image: path below the folder of images, bytes, or `None`.
+        image: path below the folder of images, bytes, a list of either or of Pillow images, or `None`.
         extra: more columns of the predictions file.
     """
 
     question_id: str | int
     prompt: str
     text: str
-    image: str | bytes | None = None
+    image: str | bytes | list | None = None
     extra: dict = field(default_factory=dict)
 
 

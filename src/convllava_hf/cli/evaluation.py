@@ -20,6 +20,9 @@ def add_evaluation_commands(app: typer.Typer) -> None:
     """Adds the commands of this module to the command line."""
     app.command(name="eval")(evaluate)
     app.command()(score)
+    app.command(name="eval-report")(write_report)
+    app.command(name="eval-convert")(convert)
+    app.command()(ground)
 
 
 def evaluate(
@@ -258,3 +261,125 @@ def print_original(original: dict) -> None:
             print("\n".join(value) if isinstance(value, list) else value)
         elif isinstance(value, dict) and "stdout" in value:
             print(f"{key}: {value['stdout']}")
+
+
+def write_report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of `convllava eval`.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Page to write.", show_default=False)
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Write the numbers into this model card.", show_default=False),
+    ] = None,
+    wrong: Annotated[int, typer.Option(metavar="N", min=0, help="Wrong answers to show of each.")] = 24,
+):
+    """Show evaluations as one web page, beside the published numbers, or write them into a model card.
+
+    \b
+    Examples:
+      convllava eval-report POPE TEXTVQA --out page.html
+      convllava eval-report POPE --card CHECKPOINT
+    """
+    with report_errors():
+        from ..evaluation import report as page
+
+        if out is None and card is None:
+            raise ValueError("give --out FILE for a page, --card CHECKPOINT for the model card, or both.")
+        if out is not None:
+            page.write_report(folders, out, wrong)
+            print(f"wrote {out}")
+        if card is not None:
+            print(f"wrote {page.add_to_card(folders, card)} numbers into {card / 'README.md'}")
+
+
+def convert(
+    kind: Annotated[str, typer.Argument(metavar="scienceqa|mixture|images", help="What SOURCE is.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder with problems.json; LLaVA-format JSON; folder of GIFs.")
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File to write.", show_default=False)
+    ] = None,
+    prompt_format: Annotated[str, typer.Option(metavar="NAME", help="scienceqa: such as CQM-A, QCM-LEPA.")] = "CQM-A",
+    split: Annotated[str, typer.Option(metavar="NAME", help="scienceqa: train, val, test, ...")] = "test",
+):
+    """Convert files of other projects: ScienceQA to LLaVA's format, training files to questions, GIFs to JPEG.
+
+    A FILE that ends in .jsonl gets the originals' `instruction` and `output` for scienceqa.
+
+    \b
+    Examples:
+      convllava eval-convert scienceqa data/scienceqa --prompt-format QCM-LEA --split train --out train.json
+      convllava eval-convert mixture llava_v1_5_mix665k.json --out questions.jsonl
+      convllava eval-convert images ocr_vqa/images
+    """
+    with report_errors():
+        import json
+
+        from ..evaluation import converters
+        from ..evaluation.scores import read_json
+        from ..evaluation.tasks import read_rows
+
+        if kind == "images":
+            count, bad = converters.convert_images(source)
+            print(f"wrote {count} images")
+            if bad:
+                name, reason = next(iter(bad.items()))
+                raise ValueError(f"{len(bad)} images cannot be read, the first {name}: {reason}.")
+            return
+        if kind not in ("scienceqa", "mixture"):
+            raise ValueError(f"{kind!r}; expected scienceqa, mixture or images.")
+        if out is None:
+            raise ValueError("--out FILE is needed.")
+        if kind == "mixture":
+            rows = converters.list_questions(read_rows(source))
+            converters.write_json_lines(rows, out)
+        else:
+            splits = read_json(source / "pid_splits.json")
+            if split not in splits:
+                raise ValueError(f"--split {split}; expected one of {', '.join(splits)}.")
+            rows = converters.convert_scienceqa(read_json(source / "problems.json"), splits[split], prompt_format)
+            if out.suffix == ".jsonl":
+                converters.write_json_lines(converters.list_instructions(rows), out)
+            else:
+                out.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        print(f"wrote {len(rows)} rows to {out}")
+
+
+def ground(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URL.")],
+    phrase: Annotated[str, typer.Argument(metavar="TEXT", help='What to find, such as "the red cup".')],
+    *,
+    model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Hub id or path.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Image to write.", show_default=False)],
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+):
+    """Draw the box that a model gives for a description. Prints it in pixels of the image.
+
+    \b
+    Example:
+      convllava ground photo.jpg "the red cup" --out boxed.png --model MODEL
+    """
+    with report_errors():
+        from ..evaluation.grounding import PROMPT, draw_boxes, parse_box, place_box
+        from ..images import load_image
+        from ..inference.answer import answer
+        from ..inference.load import load
+        from ..registration import register
+
+        register()
+        picture = load_image(image)
+        loaded = load(model, device=device, trust_remote_code=trust_remote_code)
+        text = answer(*loaded, PROMPT.format(phrase), images=[picture], max_new_tokens=100)
+        box = parse_box(text)
+        if box is None:
+            raise ValueError(f"the model gave no box but {text!r}; it may not have learned to.")
+        placed = place_box(box, picture.height, picture.width)
+        draw_boxes(picture, {"#d42a20": placed}).save(out)
+        print(f"{[round(float(number), 1) for number in placed]}  {out}")

@@ -116,7 +116,7 @@ def make_local_answerer(
     import torch
     from transformers import GenerationConfig
 
-    from ..inference.answer import TEXT_END
+    from ..inference.answer import list_stop_strings
     from ..shipped import build_chat_template
 
     tokenizer = processor.tokenizer
@@ -129,12 +129,14 @@ def make_local_answerer(
     image_settings = {}
     if settings.get("max_image_tokens"):
         image_settings = limit_image_tokens(processor.image_processor, settings["max_image_tokens"])
-    end = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
+    ends = list_stop_strings(model)
+    config.stop_strings = ends or None
+    original_rgb = getattr(processor.image_processor, "original_rgb", False)
 
     def answer(questions: list[Question]) -> list[str | Exception]:
         sources = [open_images(question, images) for question in questions]
         chats = [
-            build_chat(question, [load_image(source) for source in found], style)
+            build_chat(question, [load_image(source, original_rgb=original_rgb) for source in found], style)
             for question, found in zip(questions, sources, strict=True)
         ]
         inputs = processor.apply_chat_template(
@@ -149,13 +151,21 @@ def make_local_answerer(
         if temperature:
             words = f"{settings.get('seed', 0)} {questions[0].question_id}"  # the same after an interruption
             torch.manual_seed(int(hashlib.sha256(words.encode()).hexdigest()[:8], 16))
-        stops = {"stop_strings": [end], "tokenizer": tokenizer} if end else {}
+        stops = {"tokenizer": tokenizer} if ends else {}
         length = inputs["input_ids"].shape[1]
         tokens = model.generate(**inputs, generation_config=config, **stops)[:, length:]  # (B, S + new) -> (B, new)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [text.strip().removesuffix(end).strip() for text in texts]
+        return [strip_ends(text, ends) for text in texts]
 
     return answer
+
+
+def strip_ends(text: str, ends: list[str]) -> str:
+    """An answer without white space around it and without what ended it."""
+    text = text.strip()
+    for end in ends:
+        text = text.removesuffix(end).rstrip()
+    return text
 
 
 def build_chat(question: Question, images: list[Image.Image], style: PromptStyle) -> list[dict]:

@@ -1,0 +1,88 @@
+"""The page and the model card that `convllava eval-report` writes."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from typer.testing import CliRunner
+
+from convllava_hf.cli.app import app
+from convllava_hf.evaluation.report import find_published
+from convllava_hf.evaluation.run import (
+    check_run,
+    describe_versions,
+    hash_checkpoint,
+    hash_text,
+    score_run,
+    write_results,
+)
+
+
+@pytest.fixture(scope="module")
+def refcoco(tmp_path_factory, reference):
+    """A folder of results about RefCOCO, of recorded answers, and a folder that stands for their checkpoint."""
+    root = tmp_path_factory.mktemp("report")
+    checkpoint, folder, images = root / "checkpoint", root / "RefCOCOg", root / "images"
+    for place in (checkpoint, images):
+        place.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Toy\n")
+    source = reference / "evaluation" / "refcoco"
+    questions = root / "refcocog_val.jsonl"
+    rows = [json.loads(line) for line in (source / "refcocog_val.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["image"] = f"{number}.jpg"
+        Image.linear_gradient("L").convert("RGB").resize((row["width"], row["height"])).save(images / row["image"])
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"task": "refcoco", "checkpoint": hash_checkpoint(str(checkpoint)), "questions": hash_text(questions)}
+    asked |= {"prompt_style": "convllava", "limit": None, "settings": {}}
+    run = {"asked": asked, "questions": str(questions), "annotations": None, "images": str(images)}
+    check_run(folder, run)
+    answers = [json.loads(line)["answer"] for line in (source / "answers_refcocog_val.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"question_id": n, "text": text}) + "\n" for n, text in enumerate(answers)]
+    (folder / "predictions.jsonl").write_text("".join(lines))
+    extra = {"task": "refcoco", "model": "toy", "asked": asked, "versions": describe_versions(), "questions": len(rows)}
+    write_results(folder, score_run(folder, run, questions, None), extra)
+    return folder, checkpoint
+
+
+def test_the_page_shows_numbers_published_ones_and_wrong_answers(refcoco, tmp_path):
+    folder, _ = refcoco
+    result = CliRunner().invoke(app, ["eval-report", str(folder), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "page.html").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert f"{results['numbers']['accuracy']['ours']:.1f} (" in page
+    assert "ConvLLaVA-sft-1536 82" in page and "ConvLLaVA-sft-768 79.8" in page
+    wrong = sum(json.loads(line)["ours"] < 0.5 for line in (folder / "outcomes.jsonl").read_text().splitlines())
+    assert page.count("<figure>") == page.count("data:image/jpeg") == wrong > 0
+    assert "http" not in page.replace("http-equiv", ""), "the page needs no other file"
+
+
+def test_published_numbers_of_every_family():
+    assert find_published("textvqa", {}) == (
+        {
+            **{"ConvLLaVA-sft-768": 59.1, "ConvLLaVA-sft-1024": 62.5, "ConvLLaVA-sft-1536": 65.8},
+            **{"TinyLLaVA-3.1B": 59.1, "TinyLLaVA-2.0B": 56.4, "TinyLLaVA-1.5B": 51.7},
+        },
+        "accuracy",
+    )
+    assert find_published("refcoco", {"questions": "x/refcoco+_testA.jsonl"})[0]["ConvLLaVA-sft-768"] == 84.9
+
+
+def test_results_go_into_the_card_once(refcoco):
+    folder, checkpoint = refcoco
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["eval-report", str(folder), "--card", str(checkpoint)])
+        assert result.exit_code == 0, result.output
+    numbers = json.loads((folder / "results.json").read_text())["numbers"]["accuracy"]
+    found = ModelCard.load(checkpoint / "README.md").data.eval_results
+    assert [entry.metric_value for entry in found] == [round(numbers[rule], 4) for rule in ("original", "ours")]
+
+
+def test_results_of_another_checkpoint_stay_out_of_a_card(refcoco, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    (tmp_path / "README.md").write_text("# Toy\n")
+    result = CliRunner().invoke(app, ["eval-report", str(refcoco[0]), "--card", str(tmp_path)])
+    assert result.exit_code == 2 and "another checkpoint" in result.output

@@ -25,6 +25,7 @@ FLOORS = (
     ("registration", "inference"),
     ("conversion", "data", "training"),
     ("hub",),
+    ("export",),
     ("cli",),
     ("__init__",),
 )

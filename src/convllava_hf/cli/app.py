@@ -14,6 +14,7 @@ from .ask import add_ask_commands
 from .conversion import add_conversion_commands
 from .data import add_data_commands
 from .deltas import add_delta_commands
+from .export import add_export_command
 from .hub import add_hub_commands
 from .serving import add_serving_command
 from .training import add_training_commands
@@ -49,6 +50,7 @@ for add_commands in (
     add_conversion_commands,
     add_data_commands,
     add_delta_commands,
+    add_export_command,
     add_hub_commands,
     add_serving_command,
     add_training_commands,

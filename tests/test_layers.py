@@ -25,7 +25,7 @@ FLOORS = (
     ("registration", "inference"),
     ("conversion", "data", "training"),
     ("hub",),
-    ("evaluation",),
+    ("evaluation", "export"),
     ("cli",),
     ("__init__",),
 )

@@ -22,6 +22,10 @@ logger = logging.get_logger(__name__)
 SPARE_BYTES = 32 * 2**20
 
 
+# Names an export, whose folders are its own.
+EXPORT_MANIFEST = "export.json"
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,6 +101,8 @@ def check_output(output: Path, force: bool):
         return
     if not force:
         raise ConversionError(f"{output} exists. Choose another --output, or pass --force to replace it.")
+    if (output / EXPORT_MANIFEST).is_file():
+        return
     if not (output / "config.json").is_file():
         raise ConversionError(
             f"{output} is not the folder of a model (it has no config.json), so --force does not replace it. Choose "

@@ -15,6 +15,7 @@ from .conversion import add_conversion_commands
 from .data import add_data_commands
 from .deltas import add_delta_commands
 from .evaluation import add_evaluation_commands
+from .export import add_export_command
 from .hub import add_hub_commands
 from .serving import add_serving_command
 from .training import add_training_commands
@@ -51,6 +52,7 @@ for add_commands in (
     add_data_commands,
     add_delta_commands,
     add_evaluation_commands,
+    add_export_command,
     add_hub_commands,
     add_serving_command,
     add_training_commands,

@@ -33,6 +33,11 @@ QuantizeOption = Annotated[str | None, typer.Option(metavar="4bit|8bit", help="S
 AttentionOption = Annotated[str | None, typer.Option(metavar="NAME", help="sdpa, eager, flash_attention_2 ...")]
 
 
+RuntimeOption = Annotated[
+    str | None, typer.Option(metavar="onnx|openvino", help="MODEL is an export for this runtime.")
+]
+
+
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 
 
@@ -103,6 +108,7 @@ def ask(
     attn_implementation: AttentionOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    runtime: RuntimeOption = None,
 ):
     """Answer one question about images, printing the answer as it forms.
 
@@ -123,7 +129,7 @@ def ask(
 
         images = [open_image(image, corner) for image in images]  # what is wrong here shows before the weights load
         loaded, processor = load_model(
-            model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed
+            model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed, runtime
         )
         stream = answer(
             loaded,
@@ -171,6 +177,7 @@ def chat(
     attn_implementation: AttentionOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    runtime: RuntimeOption = None,
 ):
     """Talk about images; every answer takes the whole conversation into account.
 
@@ -193,7 +200,7 @@ def chat(
 
         shown = [open_image(image, corner) for image in images or []]
         loaded, processor = load_model(
-            model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed
+            model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed, runtime
         )
         history, interactive = [], sys.stdin.isatty()
         if interactive:
@@ -284,7 +291,7 @@ def is_file(name: str) -> bool:
         return False
 
 
-def load_model(model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed):
+def load_model(model, device, dtype, quantize, attn_implementation, revision, trust_remote_code, seed, runtime=None):
     """Registers our classes, which the package leaves to the commands, and loads; arguments as for `inference.load`."""
     from transformers import set_seed
 
@@ -302,6 +309,7 @@ def load_model(model, device, dtype, quantize, attn_implementation, revision, tr
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        runtime=runtime,
     )
 
 

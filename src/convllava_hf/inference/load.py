@@ -15,6 +15,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .runtime import load_export
+
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +33,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    runtime: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads a model and its processor, ready to answer.
 
@@ -45,13 +48,16 @@ def load(
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the code in the checkpoint, for models that neither transformers nor this package has.
+        runtime: `"onnx"` or `"openvino"`; `model` is then a folder that `convllava export` made, which runs on the CPU
+            as it was exported.
 
     Returns:
         The model in evaluation mode and the processor.
 
     Raises:
-        ValueError: an unknown device, dtype or quantisation, or a checkpoint in the original LLaVA format.
-        ImportError: bitsandbytes is missing.
+        ValueError: an unknown device, dtype, quantisation or runtime, settings that an export does not have, or a
+            checkpoint in the original LLaVA format.
+        ImportError: bitsandbytes or the runtime is missing.
         OSError: no such checkpoint.
     """
     # The Hub's own message about a path would be that it is no valid repository name.
@@ -62,6 +68,15 @@ def load(
         raise NotADirectoryError(f"{str(model)!r} is a file; expected the folder of a checkpoint, or a Hub id.")
     elif local.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"there is no folder {str(local)!r}.")
+    if runtime is not None:
+        if quantize or attn_implementation or str(dtype) not in ("auto", "float32", "torch.float32"):
+            raise ValueError(
+                f"quantize={quantize!r}, attn_implementation={attn_implementation!r} and dtype={str(dtype)!r} do not "
+                f"go with runtime={runtime!r}: an export is what it was exported as (convllava export --quantize int8)."
+            )
+        if str(device or "cpu") != "cpu":
+            raise ValueError(f"device={str(device)!r} does not go with runtime={runtime!r}, which runs on the CPU.")
+        return load_export(local, runtime, trust_remote_code)
     if quantize not in (None, "4bit", "8bit"):
         raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
     if quantize and importlib.util.find_spec("bitsandbytes") is None:

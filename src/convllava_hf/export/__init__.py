@@ -1,0 +1,1 @@
+"""Takes checkpoints to other runtimes: ONNX Runtime, OpenVINO, the browser, llama.cpp."""

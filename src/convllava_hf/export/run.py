@@ -1,0 +1,166 @@
+"""`convllava export`: checks, traces, writes, runs what was written, and only then gives it its name."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ..checkpoints.staging import EXPORT_MANIFEST, check_output, stage_output
+from ..checkpoints.weight_maps import ConversionError
+from ..inference.load import load
+from ..inference.runtime import SUFFIXES, load_export
+from .agreement import Agreement, compare, make_probes
+from .gguf import check_gguf, write_gguf
+from .graphs import check_exportable, split_model
+from .web import LARGEST_PAGE, adapt_to_web, check_web
+from .write import PACKAGES, check_packages, write_graphs
+
+
+TARGETS = ("onnx", "openvino", "web", "gguf")
+BYTES_PER_WEIGHT = {None: 4, "int8": 1, "int4": 0.6}
+
+
+@dataclass
+class ExportReport:
+    """What an export is.
+
+    Attributes:
+        output: its folder.
+        target: what it is for.
+        quantize: `None`, `"int8"` or `"int4"`.
+        sizes: bytes of each graph.
+        agreement: with the checkpoint.
+        missing: what the target cannot hold, in a sentence; empty if nothing.
+    """
+
+    output: Path
+    target: str
+    quantize: str | None
+    sizes: dict[str, int]
+    agreement: Agreement | None
+    missing: str = ""
+
+    def summary(self) -> str:
+        """The report in lines."""
+        lines = [f"{self.output}: {self.target}, {self.quantize or 'float32'}"]
+        lines += [f"  {name}: {size / 1e6:.1f} MB" for name, size in self.sizes.items()]
+        if found := self.agreement:
+            lines += [
+                f"  greedy tokens equal to the checkpoint's: {found.equal_tokens} of {found.tokens}",
+                f"  largest difference of a score: {found.logit_difference:.1e} of the largest score",
+                f"  speed: {found.speedup:.2f}x the checkpoint's in float32, on this machine",
+            ]
+        return "\n".join([*lines, *([f"  missing: {self.missing}"] if self.missing else [])])
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    target: str,
+    output: str | Path,
+    quantize: str | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Takes a checkpoint to another runtime.
+
+    The checkpoint is computed with in float32, whatever its dtype: what it says then is what the export must say.
+
+    Args:
+        checkpoint: Hub id or path of a ConvLLaVA, or of a model of the LLaVA family.
+        target: one of `TARGETS`.
+        output: folder to make. Nothing is left there if the export fails or is interrupted.
+        quantize: `None` for float32, `"int8"` or `"int4"` for the weights of linear layers.
+        force: replace an export that is there.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the code in the checkpoint.
+
+    Returns:
+        Sizes, and how the export compares with the checkpoint.
+
+    Raises:
+        ConversionError: an unknown target, quantisation or family, or an export that does not say what the checkpoint
+            says.
+        ImportError: what the target needs is not installed.
+    """
+    if target == "executorch":
+        raise ConversionError(
+            "target 'executorch' is not supported: its programs have fixed sizes of cache and image. Expected one of "
+            f"{', '.join(TARGETS)}."
+        )
+    if target not in TARGETS:
+        raise ConversionError(f"target {target!r} is unknown; expected one of {', '.join(TARGETS)}.")
+    if quantize not in SUFFIXES or (target == "gguf" and quantize):
+        expected = "none for gguf (llama.cpp's own llama-quantize does it)" if target == "gguf" else "int8 or int4"
+        raise ConversionError(f"quantize={quantize!r} is not supported; expected {expected}.")
+    output = Path(os.path.expanduser(output)).resolve()
+    runtime = {"web": "onnx"}.get(target, target)
+    check_packages(runtime, quantize)
+    check_output(output, force)
+    stored, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if target == "gguf":
+        check_gguf(stored)
+    model, processor = load(
+        checkpoint, device="cpu", dtype="float32", revision=revision, trust_remote_code=trust_remote_code
+    )
+    check_exportable(model)
+    if target == "web":
+        check_web(model.config)
+    num_bytes = int(model.num_parameters() * BYTES_PER_WEIGHT[quantize])
+    if target == "web" and num_bytes > LARGEST_PAGE:
+        raise ConversionError(
+            f"the export would have {num_bytes / 1e9:.1f} GB, more than a page can hold ({LARGEST_PAGE / 1e9:.0f} GB); "
+            "pass --quantize int8 or int4, or take a smaller checkpoint."
+        )
+    with stage_output(output, num_bytes, force) as folder:
+        if target == "gguf":
+            sizes, missing = write_gguf(model, processor, folder)
+            _write_manifest(folder, describe_export(target, quantize))
+            return ExportReport(output, target, quantize, sizes, None, missing)
+        return _export_graphs(model, processor, target, runtime, quantize, folder, output)
+
+
+def describe_export(target: str, quantize: str | None) -> dict:
+    """What the manifest says of an export: its target, and which versions wrote it."""
+    packages = PACKAGES[{"web": "onnx"}.get(target, target)]
+    versions = {name: version(name) for name in ("transformers", "torch", *packages)}
+    return {"target": target, "quantize": quantize, "versions": versions}
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _export_graphs(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    target: str,
+    runtime: str,
+    quantize: str | None,
+    folder: Path,
+    output: Path,
+) -> ExportReport:
+    """Writes graphs and files into a staging folder and compares them with the model."""
+    convolutional = model.config.model_type == "convllava"
+    vision = model.config.vision_config
+    side = model.config.downsampling_factor if convolutional else vision.image_size
+    sizes = write_graphs(split_model(model, side, convolutional), folder / runtime, runtime, quantize)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    manifest = describe_export(target, quantize)
+    _write_manifest(folder, manifest)
+    exported, reloaded = load_export(folder, runtime, trust_remote_code=True)
+    found = compare(model, exported, make_probes(model, reloaded))
+    if quantize is None and found.equal_tokens < found.tokens:
+        raise ConversionError(
+            f"the export gives {found.equal_tokens} of {found.tokens} of the checkpoint's greedy tokens (scores differ "
+            f"by {found.logit_difference:.1e}); nothing was written. Report this with the checkpoint's config.json."
+        )
+    if target == "web":
+        adapt_to_web(folder, model.config, quantize)
+    _write_manifest(folder, manifest | {"agreement": asdict(found)})
+    return ExportReport(output, target, quantize, sizes, found)

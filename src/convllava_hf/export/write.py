@@ -1,0 +1,120 @@
+"""Writes the parts of a model as graphs of ONNX Runtime or OpenVINO, by transformers' own exporters."""
+
+import importlib.util
+from pathlib import Path
+
+import transformers
+from packaging.version import Version
+
+from ..checkpoints.weight_maps import ConversionError
+from ..inference.runtime import EXTENSIONS, SUFFIXES
+from .graphs import TracedPart
+
+
+# What each way needs beside its runtime; the first transformers whose exporters quantise and write OpenVINO.
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "gguf": ("gguf",),
+}
+QUANTIZER_PACKAGES = {("onnx", "int8"): "onnxruntime", ("onnx", "int4"): "onnxruntime"}
+OLDEST_TRANSFORMERS = "5.23"
+# One protobuf holds less than 2 GB; beyond, the weights lie beside the graph.
+LARGEST_FILE = int(1.5 * 2**30)
+# Weights that share one scale, in int4.
+INT4_BLOCK = 32
+
+
+def check_packages(runtime: str, quantize: str | None) -> None:
+    """Checks that what an export needs is installed.
+
+    Raises:
+        ImportError: a package is missing or too old.
+    """
+    names = list(PACKAGES[runtime])
+    if runtime == "openvino" and quantize:
+        names.append("nncf")
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"exporting needs {', '.join(missing)}: pip install 'convllava-hf[{runtime}]'")
+    if runtime != "gguf" and Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"exporting needs transformers {OLDEST_TRANSFORMERS} or newer, for its exporters; installed is "
+            f"{transformers.__version__}. The machine that answers may have an older one."
+        )
+
+
+def write_graphs(parts: dict[str, TracedPart], folder: Path, runtime: str, quantize: str | None) -> dict[str, int]:
+    """Traces, translates, quantises and saves the parts of a model, one after the other.
+
+    Args:
+        parts: from `graphs.split_model`.
+        folder: where the graphs go.
+        runtime: `"onnx"` or `"openvino"`.
+        quantize: `None`, `"int8"` or `"int4"`: the weights of linear layers, of the tower and the decoder.
+
+    Returns:
+        Bytes of each graph's files.
+
+    Raises:
+        ConversionError: an operator that the runtime lacks; the message names the part.
+    """
+    folder.mkdir()
+    write = {"onnx": _write_onnx, "openvino": _write_openvino}[runtime]
+    sizes = {}
+    for name, part in parts.items():
+        before = {path: path.stat().st_size for path in folder.iterdir()}
+        try:
+            write(part, folder / f"{name}{SUFFIXES[quantize]}{EXTENSIONS[runtime]}", quantize)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise ConversionError(f"{name} cannot be exported to {runtime}: {reason[:600]}") from error
+        sizes[name] = sum(path.stat().st_size for path in folder.iterdir() if path not in before)
+    return sizes
+
+
+def _write_onnx(part: TracedPart, path: Path, quantize: str | None) -> None:
+    import onnx_ir
+    from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    quantizer = None
+    if quantize == "int8":
+        # Embeddings are looked up, not multiplied; convolutions have no fast int8 kernel for the CPU.
+        settings = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul"], per_channel=True)
+        quantizer = OnnxRuntimeQuantizer(settings)
+    config = OnnxConfig(dynamic_shapes=part.dynamic_shapes, quantizer=quantizer)
+    program, _ = OnnxExporter().export_program(part.module.eval(), dict(part.inputs), config)
+    if quantize == "int4":
+        program = _pack_int4(program)
+    weights = sum(value.const_value.nbytes for value in program.graph.initializers.values())
+    beside = {"external_data": f"{path.name}_data"} if weights > LARGEST_FILE else {}
+    onnx_ir.save(program, path, **beside)
+
+
+def _pack_int4(program):
+    """Packs the weights of linear layers four bits each, with ONNX Runtime's own tool."""
+    import onnx_ir
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    packer = MatMulNBitsQuantizer(onnx_ir.to_proto(program), block_size=INT4_BLOCK, is_symmetric=True)
+    packer.process()
+    return onnx_ir.from_proto(packer.model.model)
+
+
+def _write_openvino(part: TracedPart, path: Path, quantize: str | None) -> None:
+    from transformers.exporters import (
+        NNCFOpenVINOQuantizer,
+        NNCFWeightCompressionConfig,
+        OpenVINOConfig,
+        OpenVINOExporter,
+    )
+
+    quantizer = None
+    if quantize:
+        import nncf
+
+        mode = {"int8": "INT8_ASYM", "int4": "INT4_SYM"}[quantize]
+        quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode[mode]))
+    config = OpenVINOConfig(dynamic_shapes=part.dynamic_shapes, quantizer=quantizer, stateful=False)
+    exporter = OpenVINOExporter()
+    program, _ = exporter.export_program(part.module.eval(), dict(part.inputs), config)
+    exporter.save_program(program, path)

@@ -119,6 +119,9 @@ def test_every_door_sees_the_same_pixels(kind, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(data)
     expected = Image.fromarray(np.array(load_image(data)))
+    # What is handed to the image processors of transformers, which convert as they like, is converted before.
+    for door in (load_image(path), decode_image({"bytes": data, "path": None}), decode_image(Image.open(path))):
+        assert door.mode == "RGB" and np.array_equal(door, expected)
     for backend in (ConvLlavaImageProcessor, ConvLlavaImageProcessorPil):
         process = backend(size={"height": 64, "width": 64})
         pixels = process(expected, return_tensors="pt")["pixel_values"]

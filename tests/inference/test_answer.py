@@ -274,6 +274,22 @@ def test_beams_of_the_checkpoint_do_not_stop_a_stream(loaded, monkeypatch):
     assert list(answer(model, processor, "Hi", stream=True, max_new_tokens=2)) is not None
 
 
+def test_answers_and_pipelines_see_the_same_pixels(loaded, tmp_path):
+    """A picture that transparency hides a part of: by `answer`, and by what pipelines call, by image and by path."""
+    _, processor = loaded
+    hidden = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
+    hidden.paste((*RED, 255), (0, 0, 40, 60))
+    hidden.save(path := tmp_path / "hidden.png")
+    expected = answering._prepare_inputs(processor, [make_message("user", "Hi", [path])], None)["pixel_values"]
+    for part in ({"image": Image.open(path)}, {"path": str(path)}, {"url": str(path)}):
+        chat = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "Hi"}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected)
+    assert not torch.equal(
+        expected, processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    )
+
+
 def test_images_of_the_history_are_loaded_once(loaded, photo):
     model, processor = loaded
     stream = answer(model, processor, "Hi", photo, stream=True, max_new_tokens=2)

@@ -169,3 +169,12 @@ def test_the_installed_code_wins_and_stock_tools_find_it_by_name(checkpoint):
         "package",
     )
     assert (module, name) == ("convllava_hf.model.modeling_convllava", "ConvLlavaForConditionalGeneration")
+
+
+def test_peft_adapts_the_language_model_by_default(checkpoint):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(ConvLlavaForConditionalGeneration.from_pretrained(checkpoint), LoraConfig())
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 8  # two matrices each for queries and values of two layers
+    assert all("language_model" in name and ("q_proj" in name or "v_proj" in name) for name in trained)

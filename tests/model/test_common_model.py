@@ -111,6 +111,7 @@ class ConvLlavaTrainingTest(TrainingTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = ConvLlavaModelTester(self)
+        self.model_tester.image_token_id = 98  # not among the words of the suite's text: it is never generated
         config = self.model_tester.get_config()
         config.vocab_size = config.text_config.vocab_size  # the suite looks for it here
         self.model_tester.get_config = lambda: config

@@ -344,7 +344,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             self.config.num_image_tokens(*full)
         if image_sizes is None:
             return None
-        if len(image_sizes) != len(pixel_values):
+        if image_sizes.shape[0] != pixel_values.shape[0]:
             raise ValueError(
                 f"image_sizes has {len(image_sizes)} entries for {len(pixel_values)} images in pixel_values; expected "
                 "one (height, width) per image."
@@ -500,7 +500,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         projector = self.multi_modal_projector.linear_1.weight
         joined = torch.cat([part.to(projector.device, projector.dtype) for part in features + idle])
         projected = self.multi_modal_projector(joined)  # (sum of N + idle passes, D)
-        num_features = len(joined) - len(idle)
+        num_features = joined.shape[0] - len(idle)
         zero = projected[num_features:].sum() * 0.0 if idle else None
         return projected[:num_features] if features else None, zero
 

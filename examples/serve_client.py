@@ -40,9 +40,11 @@ def main(arguments: list[str] | None = None) -> str:
             text += chunk.choices[0].delta.content
             print(chunk.choices[0].delta.content, end="", flush=True)
         if chunk.usage:
-            image_tokens = chunk.usage.prompt_tokens_details.model_extra["image_tokens"]
-            print(f"\n({chunk.usage.prompt_tokens} tokens in, {image_tokens} of them for the image; "
-                  f"{chunk.usage.completion_tokens} out)")
+            image_tokens = chunk.usage.prompt_tokens_details.image_tokens
+            print(
+                f"\n({chunk.usage.prompt_tokens} tokens in, {image_tokens} of them for the image; "
+                f"{chunk.usage.completion_tokens} out)"
+            )
     return text
 
 

@@ -1,4 +1,4 @@
-"""The work of `convllava batch` on a cluster, with Ray Data: the same function, in as many processes as you have devices.
+"""The work of `convllava batch` on a cluster, with Ray Data: the same function, in several processes.
 
     pip install "convllava-hf[serving]" "ray[data]"
     python examples/serving/ray_batch.py photos "Describe the picture." MODEL answers --workers 2

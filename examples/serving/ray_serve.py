@@ -114,7 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--max-replicas", type=int, default=0, help="more than --replicas: as many as the load asks for")
+    parser.add_argument(
+        "--max-replicas", type=int, default=0, help="more than --replicas: as many as the load asks for"
+    )
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--attempts", type=int, default=5)
     parser.add_argument("--host", default="127.0.0.1")

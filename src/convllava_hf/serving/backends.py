@@ -125,6 +125,10 @@ class LocalBackend:
         return prompt, settings
 
     @property
+    def waiting(self) -> int:
+        return self.engine.waiting
+
+    @property
     def healthy(self) -> bool:
         return self.engine.alive
 

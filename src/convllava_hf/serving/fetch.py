@@ -112,7 +112,7 @@ async def resolve_public(host: str, port: int) -> str:
     addresses = [entry[4][0] for entry in found]
     if not addresses or not all(is_public(address) for address in addresses):
         raise RequestError("the host of an image URL has an address that is not public")
-    return addresses[0]
+    return min(addresses, key=lambda address: ":" in address)  # many networks have no way out for version 6
 
 
 def is_public(address: str) -> bool:

@@ -209,6 +209,10 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
         # What is left of a body that was refused is not read: the connection ends.
         return build_error(str(error), error.status, error.kind)
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception):
+        return build_error("internal error", 500, "server_error")  # raised again afterwards: `Guard` logs it
+
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def miss(request: Request, error):
@@ -355,7 +359,9 @@ def build_error(message: str, status: int, kind: str = "invalid_request_error") 
 
 def is_loopback(host: str) -> bool:
     """Whether a host, as it stands in a URL, is this machine by its own names."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name, _, port = host.rpartition(":")
+    if not port.isdigit() or (":" in name and not name.endswith("]")):  # no port; an address of version 6 has colons
+        name = host
     name = name.strip("[]").lower()
     try:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..inference.answer import TEXT_END
+from ..inference.answer import list_stop_strings
 from .prompts import ImageInput, Prompt
 from .requests import RequestError
 
@@ -163,11 +163,10 @@ class Job:
     cancelled: bool = False
     done: bool = False
 
-    def start(self, tokenizer, end_ids: set[int], end_of_turn: str) -> None:
+    def start(self, tokenizer, end_ids: set[int], ends: list[str]) -> None:
         """Makes ready for the first token."""
         settings = self.settings
-        self.end_ids, self.end_of_turn = end_ids, end_of_turn
-        self.text = AnswerText(tokenizer, (*settings.stop, *([end_of_turn] if end_of_turn else [])))
+        self.end_ids, self.text = end_ids, AnswerText(tokenizer, (*settings.stop, *ends))
         self.generator, self.warpers = None, None
         if settings.temperature > 0:
             self.generator = torch.Generator()
@@ -266,7 +265,7 @@ class Engine:
         self.max_batch, self.batch_seconds, self.max_queue = max_batch, batch_seconds, max_queue
         self.cache = FeatureCache(cache_bytes)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.end_of_turn = TEXT_END if TEXT_END in (processor.chat_template or "") else ""
+        self.stop_strings = list_stop_strings(model)
         ends = model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
         self.batch_sizes: Callable[[int], None] = lambda size: None  # told the size of each batch
@@ -404,7 +403,7 @@ class Engine:
     def _generate(self, jobs: list[Job]) -> None:
         self.batch_sizes(len(jobs))
         for job in jobs:
-            job.start(self.processor.tokenizer, self.end_ids, self.end_of_turn)
+            job.start(self.processor.tokenizer, self.end_ids, self.stop_strings)
         self._encode_images(jobs)
         inputs_embeds, attention_mask = self._embed(jobs)
         config = GenerationConfig(
@@ -420,6 +419,7 @@ class Engine:
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             generation_config=config,
+            tokenizer=self.processor.tokenizer,  # for checkpoints that have stop strings of transformers' own
             logits_processor=LogitsProcessorList([_ChooseByRow(jobs)]),
             stopping_criteria=StoppingCriteriaList([_StopByRow(jobs)]),
         )

@@ -58,12 +58,13 @@ class Prompt:
         return sum(image.num_tokens for image in self.images)
 
 
-def open_checked(data: bytes, max_pixels: int) -> Image.Image:
+def open_checked(data: bytes, max_pixels: int, original_rgb: bool = False) -> Image.Image:
     """Opens an image file whose header promises what the limits allow, and decodes its first frame.
 
     Args:
         data: the file.
         max_pixels: most pixels, width times height.
+        original_rgb: see `load_image`.
 
     Returns:
         RGB, upright.
@@ -85,7 +86,7 @@ def open_checked(data: bytes, max_pixels: int) -> Image.Image:
                 f"an image has {image.width}x{image.height} pixels; at most {max_pixels} are accepted", status=413
             )
         try:
-            return load_image(image)
+            return load_image(image, original_rgb=original_rgb)
         except ImageError as error:
             raise RequestError(f"an image cannot be used: {str(error).partition(': ')[2][:200]}") from None
 
@@ -99,7 +100,7 @@ def prepare_image(
     processor: ProcessorMixin, data: bytes, key: str, max_pixels: int, max_image_tokens: int | None
 ) -> ImageInput:
     """Decodes a file and runs the image processor; raises RequestError."""
-    image = open_checked(data, max_pixels)
+    image = open_checked(data, max_pixels, getattr(processor.image_processor, "original_rgb", False))
     settings = {}
     if max_image_tokens is not None:
         try:

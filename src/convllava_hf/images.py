@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 # The HTTP client that transformers itself fetches images with: its distribution differs between versions.
 from transformers.image_utils import httpx
@@ -207,7 +207,7 @@ def list_images(row: dict) -> list:
 
 
 def read_size(image: dict | Image.Image) -> tuple[int, int]:
-    """Height and width in pixels, of an undecoded image from its first bytes.
+    """Height and width in pixels, of an undecoded image from its first bytes, upright where it is a photo.
 
     Raises:
         ValueError: it cannot be read.
@@ -216,9 +216,18 @@ def read_size(image: dict | Image.Image) -> tuple[int, int]:
         return image.height, image.width
     try:
         with Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-            return opened.height, opened.width
+            # Other formats tell their orientation after their pixels.
+            lies = opened.format in ("JPEG", "MPO") and _read_orientation(opened) >= 5
+            return (opened.width, opened.height) if lies else (opened.height, opened.width)
     except Exception as error:  # Pillow raises whatever a broken file makes its decoders stumble over
         raise ValueError(_say_why(image, error)) from error
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF is common, and says nothing about the pixels
+        return 1
 
 
 def decode_image(image: dict | Image.Image, original_rgb: bool = False) -> Image.Image:

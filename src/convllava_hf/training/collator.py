@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..images import COLUMNS, decode_image, list_images
+from .masks import mark_answers
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
 
@@ -38,8 +39,9 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     is_cached: bool = field(default=False, init=False)
 
     def __post_init__(self):
+        self.processor = copy.copy(self.processor)
+        self.processor._adjust_assistant_masks_indices = mark_answers
         if self.vision_cache is not None:
-            self.processor = copy.copy(self.processor)
             self.processor.image_processor = CachedImageProcessor(self.processor.image_processor, self.vision_cache)
             self.vision_cache = None
             self.is_cached = True

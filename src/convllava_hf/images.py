@@ -217,7 +217,7 @@ def read_size(image: dict | Image.Image) -> tuple[int, int]:
     try:
         with Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
             # Other formats tell their orientation after their pixels.
-            lies = opened.format in ("JPEG", "MPO") and _read_orientation(opened) >= 5
+            lies = opened.format in ("JPEG", "MPO") and _read_orientation(opened) in (5, 6, 7, 8)
             return (opened.width, opened.height) if lies else (opened.height, opened.width)
     except Exception as error:  # Pillow raises whatever a broken file makes its decoders stumble over
         raise ValueError(_say_why(image, error)) from error

@@ -244,7 +244,7 @@ def test_the_example_runs(files, checkpoint, tmp_path, aligned_masks):
         "--model",
         checkpoint,
     ]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "3 read, 1 skipped, 2 written" in done.stdout and "num_rows: 2" in done.stdout
     assert "carries loss" in (tmp_path / "d.html").read_text()

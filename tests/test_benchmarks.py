@@ -45,6 +45,15 @@ def test_preprocess_compares_every_variant(load, capsys, tmp_path):
         assert differences[image, "ours, Pillow"] < 1e-3
 
 
+def test_input_compares_every_way(load, capsys, tmp_path, monkeypatch):
+    pipeline, file = load("input"), tmp_path / "results.json"
+    monkeypatch.setattr(pipeline, "SIZES", ((300, 200), (64, 48)))
+    pipeline.main(f"--images 4 --side 64 --batch 1 --workers 1 --json {file}".split())
+    rows = read_table(capsys.readouterr().out, "Input at 64 pixels")
+    assert [row["way"] for row in rows] == list(pipeline.WAYS) and all(int(row["to keep up"]) >= 1 for row in rows)
+    assert all(row["images_per_second"] > 0 for row in json.loads(file.read_text())["results"])
+
+
 @pytest.mark.slow
 def test_training_compares_every_variant(load, capsys, tmp_path):
     pytest.importorskip("trl", reason="training needs the extra `train`")

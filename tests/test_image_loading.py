@@ -312,3 +312,16 @@ def test_what_a_server_cannot_give_is_refused_by_name(server, monkeypatch):
     monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 1000)
     with pytest.raises(ImageError, match="/photo.png: more than"):
         load_image(server + "/photo.png")
+
+
+def test_photos_can_be_shrunk_while_they_are_decoded(tmp_path):
+    """By whole blocks, as long as the wanted side stays; files that are no JPEG are read as always."""
+    picture = Image.linear_gradient("L").convert("RGB").resize((1000, 600))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    for side, size in ((600, (1000, 600)), (500, (500, 300)), (200, (250, 150)), (10, (125, 75))):
+        assert load_image(tmp_path / "a.jpg", draft_side=side).size == size
+        assert load_image(tmp_path / "a.png", draft_side=side).size == (1000, 600)
+    shrunk = load_image(tmp_path / "a.jpg", draft_side=200).resize((100, 60))
+    difference = np.abs(np.asarray(shrunk, int) - np.asarray(load_image(tmp_path / "a.jpg").resize((100, 60)), int))
+    assert difference.max() <= 4

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # of one floor do not import each other.
 FLOORS = (
     ("model",),
-    ("images", "shipped", "checkpoints"),
+    ("images", "tokens", "shipped", "checkpoints"),
     ("registration", "inference"),
     ("conversion", "data", "training"),
     ("hub",),

@@ -47,18 +47,20 @@ def test_build_check_and_show(files, checkpoint, tmp_path, aligned_masks):
     code, text = run("check", output, "--model", checkpoint, "--max-length", 500)
     assert code == 0 and "all: 4 read, 0 skipped, 4 written" in text
     code, text = run("check", output, "--model", checkpoint, "--max-length", 20)
-    assert code == 2 and re.search(r"one-00000.parquet, row 0: row too long: has \d+ tokens, 1 images included", text)
+    assert code == 2 and re.search(
+        r"train, row 0 .one-00000.parquet.: row too long: has \d+ tokens, 1 images included", text
+    )
 
     code, text = run("show", output, "--out", tmp_path / "page.html", "--model", checkpoint)
     assert code == 0 and "wrote 4 rows" in text
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.links == [] and page.images == 2
+    assert page.links == [] and page.images == 4 and page.text.count("sees 128 x 128 in 4 tokens") == 2
     answer = "Größe 日本 😀 <i>&amp;</i><|im_end|>"
     assert page.texts["loss"] == answer * 4
     assert page.texts["none"].count("Why?") == 2 and "<|im_start|>user\n" in page.texts["none"]
     assert page.texts["image"].count("4 image tokens") == 2
 
-    code, text = run("show", output, "--out", tmp_path / "page.html", "--rows", 1)
+    code, text = run("show", output, "--out", tmp_path / "page.html", "--count", 1)
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert code == 0 and "depends on a checkpoint" in page.source and "Größe 日本 😀 <i>&amp;</i>" in page.text
 
@@ -70,17 +72,20 @@ def test_bad_input_is_named_in_one_line(files, tmp_path):
         (["--llava-json", one, "--mixture", "x", "-o", output], "give either --llava-json FILE"),
         (["--mixture", "x", "-o", output], "no mixture 'x'"),
         (["--llava-json", one, "--image-root", files, "--image-root", files, "-o", output], "1 --llava-json and 2"),
-        (["--llava-json", one, "-o", output], "one.json, row 0: missing image: a.png: this source has no image root"),
+        (
+            ["--llava-json", one, "-o", output],
+            "one.json, row 0 .line 1.: missing image: a.png: this source has no image root",
+        ),
         (
             ["--llava-json", bad, "--image-root", files, "-o", output],
-            "bad.json, row 2: missing image: .*b.png does not",
+            "bad.json, row 2 .line 1.: missing image: .*b.png does not",
         ),
         (["--llava-json", files / "no.json", "-o", output], "sources are missing: .*no.json"),
         (
             ["--mixture", "llava_v1_5_pretrain", "--root", files, "-o", output],
             "blip_laion_cc_sbu_558k.json .from https",
         ),
-        (["--llava-json", one, "--max-length", 5, "-o", output], "max_length and a processor .--model. go together"),
+        (["--llava-json", one, "--max-length", 5, "-o", output], "max_length needs a processor .--model."),
     ):
         code, text = run("build", *arguments, "--num-proc", 1, "--force")
         last = text.strip().splitlines()[-1]
@@ -89,7 +94,7 @@ def test_bad_input_is_named_in_one_line(files, tmp_path):
     assert run("check", tmp_path / "nothing")[0] == run("show", tmp_path, "-o", tmp_path / "x.html")[0] == 2
 
     code, text = run("build", "--llava-json", bad, "--image-root", files, "-o", output, "--on-error", "skip", "--force")
-    assert code == 0 and "3 read, 1 skipped, 2 written" in text and "bad.json, row 2: missing image" in text
+    assert code == 0 and "3 read, 1 skipped, 2 written" in text and "bad.json, row 2 (line 1): missing image" in text
 
 
 def test_pages_are_refused_where_they_would_be_wrong(files, tmp_path):
@@ -99,8 +104,70 @@ def test_pages_are_refused_where_they_would_be_wrong(files, tmp_path):
     (files / "a.png").rename(files / "b.png")
     code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html")
     (files / "b.png").rename(files / "a.png")
-    assert code == 2 and re.search(r"one-00000.parquet, row 0: .*a.png.*; see `convllava data check`", text)
+    assert code == 2 and re.search(r"train, row 0: .*a.png.*; see `convllava data check`", text)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_chosen_and_skipped_rows_are_shown(files, tmp_path):
+    build = ["build", "--llava-json", files / "bad.json", "--image-root", files, "-o", tmp_path / "d"]
+    assert run(*build, "--on-error", "skip")[0] == 0
+    code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--rows", "1")
+    assert code == 0 and "wrote 1 rows, and 1 that were left out" in text
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "train, row 1" in page.text and "Why?" in page.text and page.images == 0
+    assert "1 rows were left out" in page.text and "row 2 (line 1): missing image" in page.text
+    assert run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--rows", "0-1,1")[0] == 0
+    for rows, error in (("2", "no row 2 in train: it has 2 rows"), ("a", "--rows 'a': expected numbers")):
+        code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--rows", rows)
+        assert code == 2 and error in text
+    code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--split", "test")
+    assert code == 2 and "no split 'test'; it has train" in text
+
+
+def test_check_and_show_number_rows_as_datasets_does(files, tmp_path):
+    from datasets import load_dataset
+
+    many = json.loads((files / "one.json").read_text())[1:] * 3
+    for name in ("a", "b", "a_2"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "id": f"{name}{i}"} for i, row in enumerate(many)]))
+    sources = [option for name in ("b", "a", "a_2") for option in ("--llava-json", tmp_path / f"{name}.json")]
+    assert run("build", *sources, "-o", tmp_path / "d")[0] == 0
+    names = load_dataset(str(tmp_path / "d"), split="train")["id"][:]
+    assert [row["id"] for _, _, row in read_rows(tmp_path / "d", 99)] == names and len(names) == 9
+    from convllava_hf.data.check import check_dataset
+    from convllava_hf.data.rows import BadRow
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(row, settings):
+            raise BadRow("empty answer", row["id"])
+
+        patch.setattr("convllava_hf.data.check._check_row", refuse)
+        bad = check_dataset(tmp_path / "d").bad_rows
+    assert [(entry["row"], entry["error"]) for entry in bad] == list(enumerate(names))
+
+
+def test_roles_are_escaped_on_the_page():
+    from convllava_hf.data.page import render_page
+
+    row = {"messages": [{"role": "<script>alert(1)</script>", "content": []}], "images": [], "id": "<b>"}
+    page = render_page([("train", 0, row)], "rows")
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page
+
+
+def test_the_picture_is_what_the_model_gets(checkpoint):
+    """Cells and all: away from the lines, the drawn picture is the processed one."""
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    from convllava_hf.data.page import draw_cells
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    seen, caption = draw_cells(Image.new("RGB", (60, 40), (200, 30, 90)), processor)
+    assert seen.size == (128, 128) and caption == "the model sees 128 x 128 in 4 tokens"
+    pixels = np.asarray(seen)
+    assert pixels[60, 100].tolist() == [200, 30, 90] and (pixels[64] == 255).all() and (pixels[:, 64] == 255).all()
 
 
 def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
@@ -135,7 +202,7 @@ def test_tokens_are_counted_at_the_size_of_the_training(files, checkpoint, tmp_p
     code, text = run(*build, tmp_path / "long", *options)
     assert code == 2 and "row too long" in text and "1 images included; at most 500" in text
     code, text = run(*build, tmp_path / "long", *options[:4], "--image-size", 128)
-    assert code == 2 and "unfinished build of other files or settings" in text
+    assert code == 2 and "unfinished build with other settings (image_processor)" in text
     assert run(*build, output)[0] == 0
     assert run("check", output, *options[:4])[0] == 0
     code, text = run("check", output, *options)
@@ -177,7 +244,7 @@ def test_the_example_runs(files, checkpoint, tmp_path, aligned_masks):
         "--model",
         checkpoint,
     ]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "3 read, 1 skipped, 2 written" in done.stdout and "num_rows: 2" in done.stdout
     assert "carries loss" in (tmp_path / "d.html").read_text()

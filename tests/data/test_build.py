@@ -22,17 +22,17 @@ from convllava_hf.data import build as building
 from convllava_hf.data import rows as llava_rows
 from convllava_hf.data.build import build_dataset
 from convllava_hf.data.check import check_dataset
+from convllava_hf.data.pictures import find_image
 from convllava_hf.data.rows import (
     BadRow,
     check_messages,
     convert_row,
-    count_tokens,
-    find_image,
     iterate_json,
     split_content,
 )
 from convllava_hf.data.sources import Source, read_mixture
 from convllava_hf.shipped import list_files, read_chat_template
+from convllava_hf.tokens import tokenize_row
 
 
 def talk(*values: str, image=None, **more) -> dict:
@@ -84,10 +84,10 @@ def test_rows_are_read_whatever_the_block(tmp_path, monkeypatch, block):
     forms = [json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False), "\ufeff \n" + json.dumps(rows) + "\n\n"]
     for text in forms:
         (tmp_path / "x.json").write_text(text, encoding="utf-8")
-        assert [json.loads(row) for row, _ in iterate_json(tmp_path / "x.json")] == rows
+        assert [json.loads(row.text) for row in iterate_json(tmp_path / "x.json")] == rows
     rows = [row for row in rows if isinstance(row, dict)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert [json.loads(row) for row, _ in iterate_json(tmp_path / "x.jsonl")] == rows
+    assert [json.loads(row.text) for row in iterate_json(tmp_path / "x.jsonl")] == rows
     (tmp_path / "x.json").write_text("[ ]")
     assert list(iterate_json(tmp_path / "x.json")) == []
 
@@ -95,11 +95,14 @@ def test_rows_are_read_whatever_the_block(tmp_path, monkeypatch, block):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('[{"a": 1}, {"b": 2}', "after row 1: expected ',' or ']', but the file ends; is it complete"),
-        ('[{"a": 1}, {"b": "so', "row 1: .*the file ends inside of it; is it complete"),
-        ('[{"a": 1}, {"b" 2}, {}, {}, {}, {}, {}, {}, {}]', "row 1: no valid JSON near .*Expecting ':' delimiter"),
-        ('[{"a": 1} {"b": 2}]', "after row 0: expected ',' or ']', but found '{'"),
-        ('[{"a": 1},]', "row 1: no valid JSON"),
+        ('[{"a": 1}, {"b": 2}', "after row 1 .line 1.: expected ',' or ']', but the file ends; is it complete"),
+        ('[{"a": 1},\n {"b": "so', "row 1 .line 2.: .*the file ends inside of it; is it complete"),
+        (
+            '[{"a": 1}, {"b" 2}, {}, {}, {}, {}, {}, {}, {}]',
+            "row 1 .line 1.: no valid JSON near .*Expecting ':' delimiter",
+        ),
+        ('[{"a": 1} {"b": 2}]', "after row 0 .line 1.: expected ',' or ']', but found '{'"),
+        ('[{"a": 1},]', "row 1 .line 1.: no valid JSON"),
         ('[{"a": 1}] x', "goes on after the end"),
         ("<html>", "begins with '<html>'; expected a JSON list, or one JSON object per line"),
         ("", "begins with ''"),
@@ -125,7 +128,7 @@ def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(llava_rows, "LONGEST_ROW", 1000)
     monkeypatch.setattr(llava_rows, "BLOCK", 100)
     (tmp_path / "x.json").write_text('[{"a": 1}, {"b": "' + "x" * 10**6)
-    with pytest.raises(ValueError, match="row 1: no valid JSON near .*Unterminated string"):
+    with pytest.raises(ValueError, match="row 1 .line 1.: no valid JSON near .*Unterminated string"):
         list(iterate_json(tmp_path / "x.json"))
 
 
@@ -227,7 +230,7 @@ def test_a_dataset_is_built_and_loads(tmp_path, root, images, num_proc):
         [(first, root), Source(second, root)], tmp_path / "out", images=images, num_proc=num_proc, shard_rows=3
     )
     assert report.counts["one"] == {"read": 4, "skipped": 0, "written": 4, "images": 4, "text_only": 1} | {
-        key: 0 for key in ("repeated", "dropped_first_turns") if key in report.counts["one"]
+        key: 0 for key in ("repeated", "dropped_first_turns", "held_out") if key in report.counts["one"]
     }
     assert report.totals["written"] == 6 and not report.bad_rows
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
@@ -236,7 +239,8 @@ def test_a_dataset_is_built_and_loads(tmp_path, root, images, num_proc):
     assert json.loads((tmp_path / "out" / "build_report.json").read_text())["totals"] == report.totals
 
     rows = load_dataset(str(tmp_path / "out"), split="train")
-    assert rows.column_names == ["messages", "images"] and len(rows) == 6
+    assert rows.column_names == ["messages", "images", "image_sizes", "id"] and len(rows) == 6
+    assert rows["image_sizes"][:] == [[[30, 40]], [], [[60, 30], [30, 40]], [[30, 40]], [[30, 40]], []]
     assert [len(row["images"]) for row in rows] == [1, 0, 2, 1, 1, 0]
     assert rows[2]["images"][0].size == (30, 60) and rows[2]["images"][1].format == "JPEG"
     assert rows[0]["messages"][2]["content"][0]["text"] == "And [0.1, 0.25, 0.5, 0.75]?"
@@ -250,9 +254,9 @@ def test_a_dataset_is_built_and_loads(tmp_path, root, images, num_proc):
     if images == "paths":
         (root / "a.png").unlink()
         bad = check_dataset(tmp_path / "out").bad_rows
-        assert [(Path(b["file"]).name, b["row"], b["kind"]) for b in bad] == [
-            ("one-00000.parquet", 0, "missing image"),
-            ("two-00000.parquet", 0, "missing image"),
+        assert [(Path(b["file"]).name, b["row"], b["parquet"], b["kind"]) for b in bad] == [
+            ("train", 0, "one-00000.parquet", "missing image"),
+            ("train", 4, "two-00000.parquet", "missing image"),
         ]
 
 
@@ -262,8 +266,12 @@ BAD = [
     (talk("<image>\nQ", "A", image="/etc/hostname"), "missing image", "lies outside of"),
     (talk("<image>\nQ", "A", image="https://example.com/a.png"), "missing image", "does not exist"),
     (talk("<image>\nQ", "A", image="short.jpg"), "undecodable image", "truncated"),
-    (talk("<image>\nQ", "A", image="empty.png"), "undecodable image", "cannot identify"),
-    (talk("<image>\nQ", "A", image="text.png"), "undecodable image", "cannot identify"),
+    (talk("<image>\nQ", "A", image="empty.png"), "undecodable image", "empty.png: this is an empty file"),
+    (
+        talk("<image>\nQ", "A", image="text.png"),
+        "undecodable image",
+        "text.png: this is an HTML page; did the download fail?",
+    ),
     (talk("Q", ""), "empty answer", "message 1"),
 ]
 
@@ -279,7 +287,7 @@ def test_bad_rows_are_named_and_counts_add_up(tmp_path, root, num_proc):
         assert error in bad["error"]
     totals = report.totals
     assert (totals["read"], totals["skipped"], totals["written"]) == (16, 8, 8)
-    assert f"{file}, row 4: missing image" in report.summary()
+    assert f"{file}, row 4 (line 1, id 'x'): missing image" in report.summary()
     assert "8 bad rows: 4 missing image, 3 undecodable image, 1 empty answer" in report.summary(2)
     assert len(load_dataset(str(tmp_path / "out"), split="train")) == 8
 
@@ -287,14 +295,16 @@ def test_bad_rows_are_named_and_counts_add_up(tmp_path, root, num_proc):
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_stops_at_bad_rows_and_goes_on_when_they_are_mended(tmp_path, root, num_proc):
     file = write(tmp_path / "one.json", [*GOOD, talk("<image>\nQ", "A", image="late.png"), GOOD[1]])
-    with pytest.raises(ValueError, match=r"one.json, row 4: missing image: .*late.png does not exist. Mend them"):
+    with pytest.raises(
+        ValueError, match=r"one.json, row 4 .line 1, id 'x'.: missing image: .*late.png does not exist. Mend them"
+    ):
         build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
     assert not (tmp_path / "out").exists()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("train/*.parquet")}
     assert {path.name for path in done} >= {"one-00000.parquet"} and "one-00002.parquet" not in {
         path.name for path in done
     }
-    with pytest.raises(FileExistsError, match=r"out.partial holds an unfinished build of other files or settings"):
+    with pytest.raises(FileExistsError, match=r"out.partial holds an unfinished build with other settings .images."):
         build([(file, root)], tmp_path / "out", images="paths", shard_rows=2)
 
     (root / "late.png").write_bytes(make_png(8, 8, 2))
@@ -317,7 +327,7 @@ def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root)
     with pytest.raises(ValueError, match="has 5 rows; expected 9"):
         build(sources, tmp_path / "out", on_error="skip")
     sources = [replace(sources[0], rows=5)]
-    with pytest.raises(ValueError, match="row 4: missing image"):
+    with pytest.raises(ValueError, match="row 4 .*: missing image"):
         build(sources, tmp_path / "out")
     (root / "late.png").write_bytes(make_png(8, 8, 2))
     report = build(sources, tmp_path / "out")
@@ -422,7 +432,7 @@ def test_sources_are_checked_before_anything_starts(tmp_path, root):
     for kwargs, error in (
         ({"images": "jpeg"}, "images='jpeg'; expected 'bytes' or 'paths'"),
         ({"on_error": "ask"}, "on_error='ask'; expected 'stop' or 'skip'"),
-        ({"max_length": 10}, "max_length and a processor"),
+        ({"max_length": 10}, "max_length needs a processor"),
     ):
         with pytest.raises(ValueError, match=error):
             build([(file, root)], tmp_path / "out", **kwargs)
@@ -459,6 +469,7 @@ def test_built_datasets_are_checked_as_rows_are(tmp_path, root):
     from datasets import Image as ImageFeature
 
     features = Features.from_arrow_schema(building.get_schema())
+    features = Features({name: features[name] for name in ("messages", "images")})
     text = lambda role, value: {"role": role, "content": [{"type": "text", "text": value}]}  # noqa: E731
     image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Q"}]}
     messages = [
@@ -487,7 +498,8 @@ def test_tokens_are_counted_without_reading_images(processor, reference):
         messages, names, _ = convert_row(row)
         images = [Image.open(reference / "convllava" / "images" / name) for name in names]
         encoded = encode(messages, images, processor)["input_ids"][0]
-        assert count_tokens(messages, [(image.height, image.width) for image in images], processor) == len(encoded)
+        sizes = [(image.height, image.width) for image in images]
+        assert tokenize_row(messages, sizes, processor) == encoded.tolist()
 
 
 def test_long_rows_are_cut_by_rounds_and_never_inside_an_image(tmp_path, root, processor):
@@ -666,3 +678,216 @@ def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path):
     first, second = load_dataset(str(tmp_path / "out"), split="train")["messages"]
     assert [part["type"] for part in first[0]["content"]] == ["text", "image"]
     assert [part["type"] for part in second[0]["content"]] == ["image", "text"]
+
+
+# ---- mending rows
+
+
+def test_rows_that_were_edited_are_made_anew_and_the_others_stay(tmp_path, root):
+    rows = [talk(f"Q{i}", "A", image=None) for i in range(10)]
+    broken = [*rows[:7], talk("Q", ""), *rows[8:]]
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(broken, indent=1))
+    with pytest.raises(ValueError, match=r"one.json, row 7 .line \d+, id 'x'.: empty answer.*run the same command"):
+        build([(file, root)], tmp_path / "out", shard_rows=2)
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / "train").glob("*.parquet")}
+    assert len(done) == 3
+    file.write_text("\n" + json.dumps([*rows[:2], talk("edited", "A"), *rows[3:]], indent=1))  # other lines, too
+    report = build([(file, root)], tmp_path / "out", shard_rows=2)
+    assert report.resumed == {"kept": 2, "redone": 1} and "2 shards stayed, 1 were made anew" in report.summary()
+    texts = [row[0]["content"][0]["text"] for row in load_dataset(str(tmp_path / "out"), split="train")["messages"]]
+    assert texts == ["Q0", "Q1", "edited", *(f"Q{i}" for i in range(3, 10))]
+    same = [name for name in done if (tmp_path / "out/train" / name).stat().st_mtime_ns == done[name]]
+    assert sorted(same) == ["one-00000.parquet", "one-00002.parquet"]
+
+
+def test_shards_of_rows_that_are_no_more_are_removed(tmp_path):
+    file = write(tmp_path / "one.json", [talk(f"Q{i}", "A") for i in range(6)])
+    with pytest.raises(ValueError, match="expected 9"):
+        build([Source(file, rows=9)], tmp_path / "out", shard_rows=2)
+    write(file, [talk("Q0", "A")])
+    assert build([Source(file, rows=1)], tmp_path / "out", shard_rows=2).totals["written"] == 1
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 1
+
+
+def test_lines_are_those_of_an_editor(tmp_path, root):
+    rows = [talk("Q", "A", id="a"), talk("Q", "", id="b"), talk("Q", "A", id="c"), {"id": 4}]
+    file = tmp_path / "one.json"
+    file.write_text("\n" + json.dumps(rows, indent=2))
+    bad_rows = build([(file, root)], tmp_path / "out", on_error="skip").bad_rows
+    lines = file.read_text().splitlines()
+    assert [(bad["row"], bad["id"]) for bad in bad_rows] == [(1, "b"), (3, "4")]
+    for bad, name in zip(bad_rows, ('"b"', "4"), strict=True):
+        assert lines[bad["line"] - 1].strip() == "{" and lines[bad["line"]].strip(" ,") == f'"id": {name}'
+        assert json.loads(bad["text"])["id"] == json.loads(name)
+
+
+# ---- every exception of a row is the row's
+
+
+def test_no_row_stops_the_others(tmp_path, root):
+    deep = "[" * 20000 + "]" * 20000
+    lines = [
+        json.dumps(GOOD[0]),
+        '{"id": "deep", "conversations": ' + deep + "}",
+        '{"id": ' + "9" * 5000 + "}",
+        json.dumps(talk("<image>", "A", image="\udcff.png")),
+        json.dumps(talk("<image>", "A", image="a\0.png")),
+        json.dumps(talk("<image>", "A", image="x" * 5000)),
+        json.dumps(GOOD[1]),
+    ]
+    (root / os.fsdecode(b"\xff.png")).write_bytes(make_png(4, 4, 0))
+    for name, text in (("one.json", f"[{','.join(lines)}]"), ("two.jsonl", "\n".join(['{"a": 1}', *lines]))):
+        (tmp_path / name).write_text(text)
+        report = build([(tmp_path / name, root)], tmp_path / name.split(".")[0], on_error="skip", num_proc=2)
+        first = name == "two.jsonl"
+        assert [bad["row"] - first for bad in report.bad_rows][first:] == [1, 2, 3, 4, 5]
+        assert report.totals["written"] == 2
+        assert "this name is not UTF-8" in report.summary()
+
+
+def test_an_image_that_the_model_refuses_is_the_rows_fault(tmp_path, root, processor):
+    from copy import deepcopy
+
+    processor = deepcopy(processor)
+    processor.image_processor.image_aspect_ratio = "native"
+    Image.new("RGB", (3000, 10)).save(root / "line.png")
+    rows = [GOOD[1], talk("<image>\nQ", "A", image="line.png")]
+    report = build([(write(tmp_path / "one.json", rows), root)], tmp_path / "out", on_error="skip", processor=processor)
+    assert [bad["row"] for bad in report.bad_rows] == [1] and "200" in report.bad_rows[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photo"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"PK\x03\x04....", "a ZIP archive"),
+        (b"\0" * 300, "nothing but zeros"),
+        (b"<svg xmlns=''/>", "an SVG drawing"),
+        (b'{"error": 404}', "JSON; did the download fail"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path, content, what):
+    from convllava_hf.data.pictures import check_image
+
+    (tmp_path / "x.jpg").write_bytes(content)
+    for image in ({"bytes": content, "path": "x.jpg"}, {"bytes": None, "path": str(tmp_path / "x.jpg")}):
+        with pytest.raises(BadRow, match=f"x.jpg: this is {what}") as caught:
+            check_image(image, "x.jpg")
+        assert caught.value.kind == "undecodable image"
+
+
+def test_links_that_lead_out_of_the_root_need_a_flag(tmp_path, root):
+    (tmp_path / "private.png").write_bytes(make_png(8, 8, 0))
+    (root / "out.png").symlink_to(tmp_path / "private.png")
+    (root / "inside.png").symlink_to(root / "a.png")
+    (root / "folder").symlink_to(tmp_path)
+    names = ("out.png", "inside.png", "folder/private.png")
+    file = write(tmp_path / "one.json", [talk("<image>", "A", image=name) for name in names])
+    report = build([(file, root)], tmp_path / "out", on_error="skip")
+    assert [bad["row"] for bad in report.bad_rows] == [0, 2]
+    assert "by a symbolic link to" in report.bad_rows[0]["error"] and "--follow-links" in report.bad_rows[0]["error"]
+    assert build([(file, root)], tmp_path / "out2", follow_links=True).totals["written"] == 3
+    (tmp_path / "linked").symlink_to(root)
+    assert build([(file, tmp_path / "linked")], tmp_path / "out3", follow_links=True).totals["written"] == 3
+    assert find_image("a.png", tmp_path / "linked")  # the root itself may be a link
+
+
+def test_images_are_opened_as_training_opens_them(tmp_path, root):
+    """What training cannot open, the build and the check name; and what they pass, training opens."""
+    from convllava_hf.images import decode_image
+
+    file = io.BytesIO()
+    Image.open(root / "a.png").save(
+        file, "JPEG", exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\x01\0\x12\x01\xff\xff\x01\0\0\0\xff\xff\xff\xff"
+    )
+    content = file.getvalue()
+    (root / "tag.jpg").write_bytes(content)
+    try:
+        decode_image({"bytes": content, "path": None})
+        opens = True
+    except ValueError:
+        opens = False
+    rows = [talk("<image>", "A", image="tag.jpg"), GOOD[1]]
+    report = build([(write(tmp_path / "one.json", rows), root)], tmp_path / "out", on_error="skip")
+    assert len(report.bad_rows) == (not opens)
+
+
+def test_sizes_are_those_of_upright_images(tmp_path, root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(root / "turned.jpg", exif=exif)
+    file = write(tmp_path / "one.json", [talk("<image>", "A", image="turned.jpg")])
+    build([(file, root)], tmp_path / "out")
+    (row,) = load_dataset(str(tmp_path / "out"), split="train")
+    assert row["image_sizes"] == [[40, 30]] and row["images"][0].size == (30, 40)
+
+
+# ---- columns and lengths
+
+
+def test_a_checkpoint_gives_lengths_and_percentiles(tmp_path, root, processor):
+    file = write(tmp_path / "one.json", [*GOOD, talk("Q", "A " * 200)])
+    report = build([(file, root)], tmp_path / "out", processor=processor)
+    rows = load_dataset(str(tmp_path / "out"), split="train")
+    lengths = []
+    for row in rows:
+        sizes = [tuple(size) for size in row["image_sizes"]]
+        ids = tokenize_row(row["messages"], sizes, processor)
+        assert row["text_tokens"] == len(ids) - ids.count(processor.image_token_id)
+        lengths.append(len(ids))
+    assert report.percentiles == {
+        "50%": sorted(lengths)[2],
+        "90%": max(lengths),
+        "99%": max(lengths),
+        "100%": max(lengths),
+    }
+    assert json.loads((tmp_path / "out/build_report.json").read_text())["lengths"] == report.percentiles
+    assert f"100% up to {max(lengths):,}" in report.summary()
+    assert check_dataset(tmp_path / "out", processor=processor).percentiles == report.percentiles
+
+
+# ---- holding out
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_held_out_images_are_in_no_other_split(tmp_path, root, num_proc):
+    for number in range(60):
+        (root / f"{number}.png").write_bytes(make_png(4, 4, number))
+    rows = []
+    for number in range(200):
+        images = [f"{number * 7 % 60}.png"] * (number % 4 > 0) + [f"{number * 11 % 60}.png"] * (number % 9 == 1)
+        rows.append(talk("<image>" * len(images) + f"Q{number}", "A", image=images, id=number))
+    sources = [Source(write(tmp_path / "one.json", rows), root, weight=2)]
+    report = build(sources, tmp_path / "out", holdout=30, num_proc=num_proc, shard_rows=30)
+    data = load_dataset(str(tmp_path / "out"))
+    assert list(data) == ["train", "test"]
+    names = {split: {image["path"] for row in load_raw(data[split]) for image in row["images"]} for split in data}
+    assert names["train"] and names["test"] and not names["train"] & names["test"]
+    totals = report.totals
+    assert 30 <= totals["held_out"] == len(data["test"]) < 40 and len(set(data["test"]["id"])) == len(data["test"])
+    assert totals["written"] == len(data["train"]) == 2 * (200 - totals["held_out"] - totals.get("shares_image", 0))
+    assert any(not row["images"] for row in load_raw(data["test"]))  # text-only rows are drawn as well
+    assert check_dataset(tmp_path / "out").totals["read"] == totals["written"] + totals["held_out"]
+    again = build(sources, tmp_path / "again", holdout=30, shard_rows=50)
+    assert again.totals["held_out"] == totals["held_out"]
+    assert load_dataset(str(tmp_path / "again"), split="test")["id"][:] == data["test"]["id"][:]
+    with pytest.raises(ValueError, match="holdout=200, but there are 200 rows"):
+        build(sources, tmp_path / "all", holdout=200)
+
+
+def load_raw(dataset):
+    from convllava_hf.images import undecode_images
+
+    return undecode_images(dataset)
+
+
+def test_stage_two_holds_allavas_instructions_as_its_card_counts():
+    sources = {source.name: source.rows for source in read_mixture("convllava_stage2")}
+    assert round(sum(rows for name, rows in sources.items() if name.startswith("allava")) / 1e6, 1) == 1.4
+    assert sources["vision_flan"] // 1000 == 186
+    captions = {source.name for source in read_mixture("convllava_stage1")}
+    assert captions < set(sources) and not any("instruct" in name for name in captions)

@@ -5,8 +5,7 @@ import random
 import pytest
 from tiny_data import make_rows
 
-from convllava_hf.model.image_processing_convllava import ConvLlavaImageProcessor
-from convllava_hf.training.sampler import ModalityLengthSampler, measure_lengths
+from convllava_hf.training.sampler import ModalityLengthSampler, describe_long_rows, measure_lengths
 
 
 RNG = random.Random(0)
@@ -65,9 +64,18 @@ def test_arguments_that_do_not_fit():
         ModalityLengthSampler([1], [True], 0)
 
 
-def test_lengths_come_from_headers_without_decoding(monkeypatch):
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    from tiny_checkpoint import save_tiny_checkpoint
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny"))
+    processor.image_processor.image_aspect_ratio = "native"
+    return processor
+
+
+def test_lengths_come_from_headers_without_decoding(monkeypatch, processor):
     rows = make_rows(6)
-    processor = ConvLlavaImageProcessor(size={"height": 128, "width": 128}, image_aspect_ratio="native")
     from PIL import ImageFile
 
     def refuse(self):
@@ -77,14 +85,51 @@ def test_lengths_come_from_headers_without_decoding(monkeypatch):
     lengths, has_images = measure_lengths(rows, processor)
     assert has_images == [True, True, True, True, False, True]
     monkeypatch.undo()
+    count = processor.image_processor.num_image_tokens
     for index, row in enumerate(rows):
-        tokens = sum(processor.num_image_tokens(image.height, image.width) for image in row["images"])
+        tokens = sum(count(image.height, image.width) for image in row["images"])
         assert lengths[index] == sum(len(message["content"]) for message in row["messages"]) // 4 + tokens
 
 
-def test_broken_image_counts_as_one():
+def test_lengths_come_from_the_builds_columns_without_reading_images(monkeypatch, processor):
+    rows = make_rows(6)
+    sizes = [[[image.height, image.width] for image in row["images"]] for row in rows]
+    built = rows.add_column("image_sizes", sizes).add_column("text_tokens", list(range(6)))
+    monkeypatch.setattr("convllava_hf.training.sampler.read_size", None)
+    monkeypatch.setattr("convllava_hf.training.sampler.list_parts", None)
+    lengths, has_images = measure_lengths(built, processor)
+    count = processor.image_processor.num_image_tokens
+    assert lengths == [index + sum(count(*size) for size in row) for index, row in enumerate(sizes)]
+    assert has_images == [bool(row) for row in sizes]
+
+
+def test_rows_that_are_cut_are_named_and_those_that_cannot_be_stop(processor):
+    from convllava_hf.tokens import count_image_tokens, tokenize_row
+
+    rows = make_rows(6)
+    exact = []
+    for row in rows:
+        sizes = [(image.height, image.width) for image in row["images"]]
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in row["messages"]]
+        messages[0]["content"] = [{"type": "image"}] * len(sizes) + messages[0]["content"]
+        exact.append((len(tokenize_row(messages, sizes, processor)), sum(count_image_tokens(sizes, processor))))
+    most = sorted(length for length, _ in exact)[3]
+    lengths, has_images = measure_lengths(rows, processor, most)
+    long = [row for row, (length, _) in enumerate(exact) if length > most]
+    assert [lengths[row] for row in long] == [exact[row][0] for row in long] and long
+    message = describe_long_rows(rows, lengths, has_images, processor, most)
+    assert f"{len(long)} rows ({', '.join(map(str, long))}) of 6 are longer than max_length={most}" in message
+    assert f"the longest has {max(lengths)} tokens" in message
+    assert describe_long_rows(rows, lengths, has_images, processor, max(lengths)) is None
+    lengths, has_images = measure_lengths(rows, processor, 3)
+    stuck = [row for row, (_, images) in enumerate(exact) if images]
+    with pytest.raises(ValueError, match=rf"max_length=3 would cut an image of 5 rows .{', '.join(map(str, stuck))}.:"):
+        describe_long_rows(rows, lengths, has_images, processor, 3)
+
+
+def test_broken_image_counts_as_one(processor):
     rows = make_rows(1)
     broken = rows.from_dict(
         {"messages": rows["messages"][:], "images": [[{"bytes": b"no image", "path": None}]]}, features=rows.features
     )
-    assert measure_lengths(broken, ConvLlavaImageProcessor())[1] == [True]
+    assert measure_lengths(broken, processor)[1] == [True]

@@ -81,6 +81,12 @@ def build(
     long_rows: Annotated[
         str, typer.Option(metavar="error|cut", help="Longer rows: bad, or cut by whole rounds, never inside an image.")
     ] = "error",
+    holdout: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Make about N rows the split `test`; no image is in both splits.")
+    ] = 0,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Let symbolic links below the image root lead out of it.")
+    ] = False,
     num_proc: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Processes. [default: one per core]", show_default=False)
     ] = None,
@@ -89,7 +95,8 @@ def build(
 ):
     """Build a dataset for training from LLaVA-format JSON: parquet with messages and images, and a report.
 
-    Every bad row is named by file and row (counted from 0). What is interrupted goes on with the same command.
+    Every bad row is named by its file, number (counted from 0), line and id. What is interrupted goes on with the same
+    command; rows that were mended in between are read anew.
 
     \b
     Examples:
@@ -97,6 +104,7 @@ def build(
       convllava data build --llava-json a.json --image-root a --llava-json b.json --image-root b --output DATA
       convllava data build --mixture convllava_stage3 --root /data --images paths --on-error skip --output DATA
       convllava data build --llava-json my.json --image-root images --model MODEL --max-length 2048 --output DATA
+      convllava data build --llava-json my.json --image-root images --holdout 500 --output DATA
     """
     with report_data_errors():
         from ..data.build import build_dataset
@@ -125,6 +133,8 @@ def build(
             processor=load_processor(model, image_size, trust_remote_code),
             max_length=max_length,
             long_rows=long_rows,
+            follow_links=follow_links,
+            holdout=holdout,
             force=force,
         )
         print(report.summary())
@@ -164,21 +174,33 @@ def show(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.", show_default=False)],
     model: ModelOption = None,
     image_size: ImageSizeOption = None,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many, chosen at random.")] = 20,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows, chosen at random.")] = 20,
+    rows: Annotated[
+        str | None, typer.Option(metavar="5,17,30-40", help="Instead: these rows, counted from 0.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="train|test", help="Of a dataset with a part held out. [default: train]")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice.")] = 0,
     trust_remote_code: TrustOption = False,
 ):
-    """Show rows as a web page: images, the prompt of a checkpoint, and which tokens carry loss, in colour.
+    """Show rows as a web page: images, also as the model sees them, the prompt, and which tokens carry loss.
+
+    Rows that the build left out are at its end, with the reason. Row numbers are those of `data check`.
 
     \b
-    Example:
+    Examples:
       convllava data show DATA --out page.html --model CHECKPOINT
+      convllava data show DATA --out page.html --rows 5,17,30-40
     """
     with report_data_errors():
         from ..data.page import write_page
 
-        count = write_page(folder, out, rows, seed, load_processor(model, image_size, trust_remote_code))
-        print(f"wrote {count} rows to {out}")
+        processor = load_processor(model, image_size, trust_remote_code)
+        numbers = None if rows is None else parse_rows(rows)
+        shown, left_out = write_page(folder, out, count, seed, processor, numbers, split)
+        more = f", and {left_out} that were left out" if left_out else ""
+        print(f"wrote {shown} rows{more} to {out}")
 
 
 @data_app.command()
@@ -188,6 +210,17 @@ def mixtures():
         from ..shipped import list_titles
 
         print(list_titles("mixture"))
+
+
+def parse_rows(text: str) -> list[int]:
+    """Numbers of rows, such as "5,17,30-40"."""
+    numbers = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--rows {text!r}: expected numbers and ranges such as 5,17,30-40.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def load_processor(model: str | None, image_size: int | None, trust_remote_code: bool):

@@ -11,15 +11,14 @@ Source of the handling of turns and images: haotian-liu/LLaVA and alibaba/conv-l
 """
 
 import codecs
-import io
 import json
-import os
 import re
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
+from ..tokens import tokenize_row
 
 
 IMAGE = "<image>"
@@ -27,6 +26,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 LEADING_IMAGES = re.compile(f"(?:{IMAGE}\n)*")
 BLOCK = 2**20  # bytes of JSON that are read at once
 LONGEST_ROW = 64 * 2**20  # characters; what has no end after so many is no row
+BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
+EXCERPT = 500  # characters of a bad row that are kept to show it
 
 
 class BadRow(ValueError):
@@ -34,7 +35,7 @@ class BadRow(ValueError):
 
     Args:
         kind: one of "malformed row", "unknown role", "turn order", "empty answer", "image count", "missing image",
-            "undecodable image", "row too long".
+            "undecodable image", "row too long", "unusable row".
         error: what is wrong with which value.
     """
 
@@ -42,26 +43,42 @@ class BadRow(ValueError):
         super().__init__(f"{kind}: {error}")
         self.kind, self.error = kind, error
 
-    def describe(self, file: Path, row: int) -> dict:
-        """The entry of a report."""
-        return {"file": str(file), "row": row, "kind": self.kind, "error": self.error}
+
+@contextmanager
+def blame_row() -> Iterator[None]:
+    """Makes a `BadRow` of every exception but those of the machine: no row can stop what is done with the others."""
+    try:
+        yield
+    except (BadRow, MemoryError):
+        raise
+    except Exception as error:
+        raise BadRow("unusable row", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
-def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
+class RowText(NamedTuple):
+    """A row of a JSON file: its text, the line that it begins at (from 1), and the bytes that were read so far."""
+
+    text: str
+    line: int
+    size: int
+
+
+def iterate_json(path: str | Path) -> Iterator[RowText]:
     """The rows of a JSON list, or of one JSON object per line, as text, in constant memory.
+
+    A row whose brackets close is a row, however its values look to Python: numbers of any length, any depth.
 
     Args:
         path: of the file, UTF-8.
 
-    Returns:
-        Pairs of the text of a row and the bytes that were read of the file so far.
-
     Raises:
-        ValueError: the file is no such JSON, or ends early; names the row.
+        ValueError: the file is no such JSON, or ends early; names the row and its line.
     """
-    decode, scan = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    # Only the ends of the rows are wanted here, so numbers need not become numbers.
+    scan = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     blank = re.compile(r"\s*").match
-    buffer, position, row, size, ended, is_list = "", 0, 0, 0, False, None
+    buffer, position, row, line, size, ended = "", 0, 0, 1, 0, False
     with open(path, "rb") as file:
 
         def read_more() -> None:
@@ -74,10 +91,14 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, row {row}: is not UTF-8 ({error.reason}); convert the file.") from error
 
+        def move_to(end: int) -> None:
+            nonlocal position, line
+            line += buffer.count("\n", position, end)
+            position = end
+
         def skip_blank() -> str:
-            nonlocal position
             while True:
-                position = blank(buffer, position).end()
+                move_to(blank(buffer, position).end())
                 if position < len(buffer) or ended:
                     return buffer[position : position + 1]
                 read_more()
@@ -95,7 +116,10 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
                 break
             while True:
                 try:
-                    _, end = scan(buffer, position)
+                    try:
+                        _, end = scan(buffer, position)
+                    except RecursionError:
+                        end = _find_end(buffer, position)
                     if end < len(buffer) or ended:  # else a number might go on
                         break
                 except json.JSONDecodeError as error:
@@ -103,10 +127,14 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
                     if ended or not is_cut or len(buffer) - position > LONGEST_ROW:
                         what = "the file ends inside of it; is it complete?" if ended and is_cut else error.msg
                         near = buffer[max(position, error.pos - 20) : error.pos + 20]
-                        raise ValueError(f"{path}, row {row}: no valid JSON near {near!r}: {what}") from error
+                        near_line = line + buffer.count("\n", position, error.pos)
+                        raise ValueError(
+                            f"{path}, row {row} (line {near_line}): no valid JSON near {near!r}: {what}"
+                        ) from error
                 read_more()
-            yield buffer[position:end], size
-            position, row = end, row + 1
+            yield RowText(buffer[position:end], line, size)
+            move_to(end)
+            row += 1
             if is_list:
                 delimiter = skip_blank()
                 position += 1
@@ -114,9 +142,19 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, int]]:
                     break
                 if delimiter != ",":
                     what = f"found {delimiter!r}" if delimiter else "the file ends; is it complete?"
-                    raise ValueError(f"{path}, after row {row - 1}: expected ',' or ']', but {what}")
+                    raise ValueError(f"{path}, after row {row - 1} (line {line}): expected ',' or ']', but {what}")
         if skip_blank():
             raise ValueError(f"{path}: goes on after the end of the list, with {buffer[position : position + 20]!r}.")
+
+
+def _find_end(text: str, start: int) -> int:
+    """Where the brackets that open at `start` are closed; for rows too deep for Python's parser."""
+    depth = 0
+    for match in BRACKETS.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    raise json.JSONDecodeError("Unterminated string or brackets", text, len(text))
 
 
 def convert_row(row: dict, image_placement: str = "front") -> tuple[list[dict], list[str], bool]:
@@ -177,19 +215,6 @@ def split_content(value: str, image_placement: str = "front") -> list[dict]:
     return parts
 
 
-def list_parts(messages: list[dict], num_images: int) -> list[dict]:
-    """Makes lists of contents that are texts, as TRL does: the images go before the first question."""
-    listed, left = [], num_images
-    for message in messages:
-        if isinstance(message["content"], str):
-            before = left if message["role"] == "user" else 0
-            left -= before
-            text = {"type": "text", "text": message["content"]}
-            message = {**message, "content": [{"type": "image", "text": None}] * before + [text]}
-        listed.append(message)
-    return listed
-
-
 def check_messages(messages: list[dict], num_images: int) -> None:
     """Checks roles, order, answers and the number of images of a conversation.
 
@@ -216,77 +241,32 @@ def check_messages(messages: list[dict], num_images: int) -> None:
         raise BadRow("image count", f"{num_images} images, but {IMAGE} stands {placeholders} times in the text")
 
 
-def find_image(name: str, root: Path | None) -> Path:
-    """The path of an image below its root.
-
-    Raises:
-        BadRow: "missing image", also where the name leaves the root.
-    """
-    if root is None:
-        raise BadRow("missing image", f"{name}: this source has no image root")
-    path = os.path.abspath(os.path.join(root, name))
-    if not path.startswith(os.path.join(os.path.abspath(root), "")):
-        raise BadRow("missing image", f"{name} lies outside of {root}; give a root that holds it")
-    if not os.path.isfile(path):
-        raise BadRow("missing image", f"{path} does not exist")
-    return Path(path)
-
-
-def read_image_size(image: Path | bytes, name: str, verify: str = "decode") -> tuple[int, int]:
-    """Height and width of an image, decoded as far as `verify` says: "decode" all of it, "header" the first bytes.
-
-    Raises:
-        BadRow: "undecodable image".
-    """
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            warnings.simplefilter("ignore")
-            size = opened.height, opened.width
-            if verify == "decode":
-                opened.draft("RGB", (1, 1))  # a JPEG at an eighth of its size: reads every byte, in a third of the time
-                opened.load()
-            return size
-    # Pillow raises whatever a broken file makes its decoders stumble over.
-    except Exception as error:
-        raise BadRow("undecodable image", f"{name}: {error or type(error).__name__}") from error
-
-
-def count_tokens(messages: list[dict], sizes: list[tuple[int, int]], processor) -> int:
-    """Tokens of a conversation, image tokens included, from the images' sizes `(H, W)` in pixels alone."""
-    text = processor.apply_chat_template(messages, tokenize=False)
-    counts = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
-    text, _ = processor.get_text_with_replacements([text], [processor.image_token * count for count in counts])
-    start = processor.tokenizer.bos_token
-    has_start = bool(start) and text[0].startswith(start)  # else the tokenizer adds it, where it does so
-    return len(processor.tokenizer(text[0], add_special_tokens=not has_start)["input_ids"])
-
-
 def cut_messages(
-    messages: list[dict], sizes: list[tuple[int, int]], processor, max_length: int, long_rows: str = "error"
-) -> list[dict]:
+    messages: list[dict], sizes: list[tuple[int, int]], processor, max_length: int | None, long_rows: str = "error"
+) -> tuple[list[dict], int]:
     """Cuts a conversation to a number of tokens by whole rounds from its end, so that no image is ever cut.
 
     Args:
         messages: of one row.
         sizes: `(H, W)` of its images in pixels.
         processor: of the checkpoint to train.
-        max_length: most tokens.
+        max_length: most tokens; `None` for any number.
         long_rows: "cut", or "error" for rows that are too long.
 
     Returns:
-        The messages that stay; the images of rounds that go, go with them.
+        The messages that stay, and their tokens; the images of rounds that go, go with them.
 
     Raises:
         BadRow: "row too long": the first round alone is, or `long_rows` is "error".
     """
-    while (length := count_tokens(messages, sizes, processor)) > max_length:
+    while (length := len(tokenize_row(messages, sizes, processor))) > (max_length or length):
         rounds = sum(message["role"] == "assistant" for message in messages)
         if rounds == 1 or long_rows == "error":
             which = "its first round has" if long_rows == "cut" else "has"
             raise BadRow("row too long", f"{which} {length} tokens, {len(sizes)} images included; at most {max_length}")
         messages = messages[:-2]
         sizes = sizes[: count_images(messages)]
-    return messages
+    return messages, length
 
 
 def count_images(messages: list[dict]) -> int:

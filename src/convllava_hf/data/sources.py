@@ -58,6 +58,11 @@ def name_apart(sources: list[Source]) -> list[Source]:
     return list(named.values())
 
 
+def count_copies(row: int, weight: float) -> int:
+    """How often a row is used: spreads what a weight leaves out or repeats evenly, and exactly."""
+    return math.floor((row + 1) * weight + 1e-9) - math.floor(row * weight + 1e-9)
+
+
 def check_sources(sources: list[Source]) -> None:
     """Checks that every file and folder is there.
 

@@ -20,6 +20,8 @@ class ConvLlavaTrainingArguments(SFTConfig):
             epoch and run; see `vision_cache.py`. What it will take is said first.
         image_size: side of the square that images are padded or squashed to, or the budget of `native`, in pixels.
             Default: the checkpoint's.
+        draft_photos: let the JPEG decoder shrink photos of more than twice the processed size: faster, and not quite
+            the same pixels. For `image_aspect_ratio` "pad" and "squash" of this package's models.
         max_length: rows are cut to so many tokens on the right, but never inside or before an image.
     """
 
@@ -40,4 +42,7 @@ class ConvLlavaTrainingArguments(SFTConfig):
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the processed square in pixels. Default: the checkpoint's."}
+    )
+    draft_photos: bool = field(
+        default=False, metadata={"help": "Shrink large JPEG photos while they are decoded: faster, other pixels."}
     )

@@ -5,12 +5,14 @@ Notation: `B` rows of a batch, `S` tokens per row, `I` images of a batch, `H, W`
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..images import COLUMNS, decode_image, list_images
+from .masks import mark_answers
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
 
@@ -25,6 +27,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         max_tokens: longest row; `None` cuts nothing. (TRL's `max_length` also cuts through images.)
         image_token_id: id of the placeholder.
         raw_pixels: leave `pixel_values` as bytes, 0 to 255.
+        draft_side: shrink large JPEG photos while they are decoded, see `load_image`.
         vision_cache: give features of the tower instead of pixels; images must come undecoded.
 
     Raises:
@@ -35,11 +38,13 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     image_token_id: int | None = None
     raw_pixels: bool = False
     vision_cache: VisionCache | None = None
+    draft_side: int | None = None
     is_cached: bool = field(default=False, init=False)
 
     def __post_init__(self):
+        self.processor = copy.copy(self.processor)
+        self.processor._adjust_assistant_masks_indices = mark_answers
         if self.vision_cache is not None:
-            self.processor = copy.copy(self.processor)
             self.processor.image_processor = CachedImageProcessor(self.processor.image_processor, self.vision_cache)
             self.vision_cache = None
             self.is_cached = True
@@ -69,7 +74,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
         if not set(COLUMNS) & example.keys():
             return example
-        decode = make_stand_in if self.is_cached else decode_image
+        decode = make_stand_in if self.is_cached else partial(decode_image, draft_side=self.draft_side)
         try:
             images = [decode(image) for image in list_images(example)]
         except (ValueError, OSError) as error:

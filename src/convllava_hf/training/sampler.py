@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from ..images import list_images, read_size, undecode_images
+from ..images import COLUMNS, list_images, read_size, undecode_images
+from ..tokens import count_image_tokens, list_parts, tokenize_row
 
 
 POOL = 50  # global batches that are sorted by length together: more pads less and shuffles less
 CHARACTERS_PER_TOKEN = 4  # English text; only the order of the lengths matters
 DEFAULT_IMAGE_TOKENS = 576
+SHOWN = 20  # rows that are named in a message
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -74,33 +76,91 @@ class ModalityLengthSampler(Sampler[int]):
             yield from batch
 
 
+class RowMeasure:
+    """About how many tokens a row has, and exactly how many if they may be more than are kept.
+
+    Args:
+        processor: of the model; without one that tells tokens from sizes, every image counts 576 tokens.
+        max_length: most tokens of a row that are trained on; `None` for all.
+    """
+
+    def __init__(self, processor=None, max_length: int | None = None):
+        self.processor = processor if hasattr(processor, "_get_num_multimodal_tokens") else None
+        self.max_length, self.image_tokens = max_length, {}
+        self.overhead = 0
+        if self.processor is not None and max_length is not None:
+            round_ = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
+            self.overhead = len(self.processor.apply_chat_template(round_, tokenize=False).encode())
+
+    def __call__(self, row: dict) -> dict:
+        sizes = self.list_sizes(row)
+        tokens = sum(map(self.count_image, sizes))
+        if row.get("text_tokens") is not None:
+            length = row["text_tokens"] + tokens
+        else:
+            messages = list_parts(row["messages"], len(sizes))
+            texts = [part.get("text") or "" for message in messages for part in message["content"]]
+            length = sum(map(len, texts)) // CHARACTERS_PER_TOKEN + tokens
+            # A token is a byte at least.
+            most = sum(len(text.encode()) for text in texts) + self.overhead * len(messages) + tokens
+            if self.overhead and most > self.max_length and None not in sizes:
+                length = len(tokenize_row(messages, sizes, self.processor))
+        return {"length": length, "has_images": bool(sizes)}
+
+    def list_sizes(self, row: dict) -> list[tuple[int, int] | None]:
+        """Heights and widths of a row's images in pixels: as the build wrote them, or from the images' headers."""
+        if row.get("image_sizes") is not None:
+            return [tuple(size) for size in row["image_sizes"]]
+        sizes = []
+        for image in list_images(row):
+            try:
+                sizes.append(read_size(image))
+            except ValueError:  # the collator names the row when it comes to it
+                sizes.append(None)
+        return sizes
+
+    def count_image(self, size: tuple[int, int] | None) -> int:
+        if self.processor is None or size is None:
+            return DEFAULT_IMAGE_TOKENS
+        if size not in self.image_tokens:
+            (self.image_tokens[size],) = count_image_tokens([size], self.processor)
+        return self.image_tokens[size]
+
+    def cuts_image(self, row: dict) -> bool:
+        """Whether `max_length` ends inside or before an image of a row."""
+        sizes = self.list_sizes(row)
+        messages = list_parts(row["messages"], len(sizes))
+        parts = [part for message in messages for part in message["content"]]
+        last = max(index for index, part in enumerate(parts) if part["type"] == "image")
+        most = sum(len((part.get("text") or "").encode()) for part in parts[:last])
+        most += self.overhead * len(messages) + sum(map(self.count_image, sizes))
+        if most <= self.max_length or None in sizes:
+            return False
+        ids = tokenize_row(messages, sizes, self.processor)
+        return self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token) in ids[self.max_length :]
+
+
 def measure_lengths(
-    dataset: Dataset, image_processor=None, num_proc: int | None = None
+    dataset: Dataset, processor=None, max_length: int | None = None, num_proc: int | None = None
 ) -> tuple[list[int], list[bool]]:
-    """About how many tokens every row has, without decoding an image: from characters, and sizes in image headers.
+    """About how many tokens every row has, without decoding an image.
+
+    From the columns that `convllava data build` writes; where they are missing, from characters and image headers.
 
     Args:
         dataset: columns `messages`, and `images` or `image`.
-        image_processor: has `num_image_tokens(height, width)`; without that, every image counts 576 tokens.
+        processor, max_length: see `RowMeasure`.
         num_proc: processes.
 
     Returns:
-        Lengths, and whether the rows have images.
+        Lengths, exact where they are more than `max_length`, and whether the rows have images.
     """
-    dataset = undecode_images(dataset)
-    count_tokens = getattr(image_processor, "num_image_tokens", None)
-
-    def measure(row: dict) -> dict:
-        characters = 0
-        for message in row["messages"]:
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-            characters += sum(map(len, parts))
-        tokens = sum(_count_image_tokens(image, count_tokens) for image in list_images(row))
-        return {"length": characters // CHARACTERS_PER_TOKEN + tokens, "has_images": tokens > 0}
-
+    columns = {"messages", "text_tokens", "image_sizes", *COLUMNS} & set(dataset.column_names)
+    columns -= set(COLUMNS) if "image_sizes" in columns else set()
+    columns -= {"messages"} if "text_tokens" in columns else set()
+    dataset = undecode_images(dataset.select_columns(sorted(columns)))
     measured = dataset.map(
-        measure,
+        RowMeasure(processor, max_length),
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         desc="Measuring rows",
@@ -109,11 +169,38 @@ def measure_lengths(
     return list(measured["length"]), list(measured["has_images"])
 
 
-def _count_image_tokens(image: dict, count_tokens) -> int:
-    """Tokens of an undecoded image of `datasets`, from its header; the default where it cannot be read."""
-    if count_tokens is None:
-        return DEFAULT_IMAGE_TOKENS
-    try:
-        return count_tokens(*read_size(image))
-    except ValueError:  # the collator names the row when it comes to it
-        return DEFAULT_IMAGE_TOKENS
+def describe_long_rows(
+    dataset: Dataset, lengths: list[int], has_images: list[bool], processor, max_length: int | None
+) -> str | None:
+    """Says which rows are cut; arguments as above.
+
+    Returns:
+        A sentence with the rows' numbers; `None` where no row is cut.
+
+    Raises:
+        ValueError: rows that cannot be cut, because an image would be.
+    """
+    measure = RowMeasure(processor, max_length)
+    if max_length is None or measure.processor is None:
+        return None
+    long = [row for row, length in enumerate(lengths) if length > max_length]
+    with_images = [row for row in long if has_images[row]]
+    columns = {"messages", "image_sizes", *COLUMNS} & set(dataset.column_names)
+    columns -= set(COLUMNS) if "image_sizes" in columns else set()
+    rows = undecode_images(dataset.select(with_images).select_columns(sorted(columns)))
+    if stuck := [number for number, row in zip(with_images, rows, strict=True) if measure.cuts_image(row)]:
+        raise ValueError(
+            f"max_length={max_length} would cut an image of {_name_rows(stuck)}: raise max_length, give images fewer "
+            "tokens (image_size), or leave the rows out."
+        )
+    if not long:
+        return None
+    return (
+        f"{_name_rows(long)} of {len(lengths):,} are longer than max_length={max_length} and lose their end; the "
+        f"longest has {max(lengths):,} tokens. `convllava data build --max-length` cuts whole rounds instead."
+    )
+
+
+def _name_rows(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - SHOWN:,} more" if len(numbers) > SHOWN else ""
+    return f"{len(numbers):,} rows ({', '.join(map(str, numbers[:SHOWN]))}{more})"

@@ -33,7 +33,7 @@ from .arguments import ConvLlavaTrainingArguments
 from .callbacks import CurvesCallback, LossBarCallback
 from .collator import ConvLlavaCollator
 from .plans import PARTS
-from .sampler import ModalityLengthSampler, measure_lengths
+from .sampler import ModalityLengthSampler, describe_long_rows, measure_lengths
 from .vision_cache import VisionCache
 
 
@@ -164,7 +164,17 @@ class ConvLlavaTrainer(SFTTrainer):
             image_token_id=self.model.config.image_token_id,
             raw_pixels=self.args.normalize_on_device and self._normalization() is not None,
             vision_cache=cache,
+            draft_side=self._get_draft_side() if self.args.draft_photos else None,
         )
+
+    def _get_draft_side(self) -> int:
+        """Pixels that the longer side of a photo keeps at least while it is decoded."""
+        settings = self.processing_class.image_processor
+        if getattr(settings, "image_aspect_ratio", None) not in ("pad", "squash"):
+            raise ValueError(
+                "draft_photos is for images of one size: image_aspect_ratio 'pad' or 'squash' of our models."
+            )
+        return max(settings.size["height"], settings.size["width"])
 
     def _normalization(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the pixels in bytes, `(1, 3, 1, 1)` each; `None` if they stay as they are."""
@@ -207,8 +217,14 @@ class ConvLlavaTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         if "messages" not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == len(dataset):
+            dataset = self.train_dataset  # the same rows, with the columns that tell their lengths
+        processor, most = getattr(self.data_collator, "processor", None), self.args.max_length
         with self.args.main_process_first(desc="measuring rows"):
-            lengths, has_images = measure_lengths(dataset, getattr(self.processing_class, "image_processor", None))
+            lengths, has_images = measure_lengths(dataset, processor, most)
+        message = describe_long_rows(dataset, lengths, has_images, processor, most)
+        if message and self.is_world_process_zero():
+            logger.warning(message)
         rows = self.args.train_batch_size * self.args.world_size
         return ModalityLengthSampler(lengths, has_images, rows, self.args.data_seed or self.args.seed)
 

@@ -2,7 +2,9 @@
 
 Worth it where the same images are seen more than once with the same frozen tower: several epochs of stage 3, or
 several runs. A file per image, whose name is the image's own hash, in a folder whose name is the hash of the tower's
-weights and of the image processor's settings; so features of another tower or another size are never taken by mistake.
+weights and configuration and of the image processor's settings; so features of another tower or another size are never
+taken by mistake. A file that was cut short is computed anew, and one that holds other bytes than were written is
+refused by its checksum.
 
 Notation: `N` tokens of an image, `C` width of the tower's last map.
 """
@@ -12,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from PIL import Image as PILImage
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
@@ -28,8 +32,18 @@ from ..images import COLUMNS, decode_image, list_images, read_size
 
 
 KEY = "vision_cache_key"  # where a stand-in image says which features are its own
-# Settings that do not change what the tower sees.
-IRRELEVANT = {"processor_class", "auto_map", "image_processor_type", "_name_or_path", "return_tensors", "device"}
+# Settings that change neither what the tower sees nor what it computes.
+IRRELEVANT = {
+    "processor_class",
+    "auto_map",
+    "image_processor_type",
+    "_name_or_path",
+    "return_tensors",
+    "device",
+    "architectures",
+    "dtype",  # that of the features is looked at by itself
+    "transformers_version",
+}
 
 
 class VisionCache:
@@ -59,8 +73,9 @@ class VisionCache:
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        settings = {key: value for key, value in image_processor.to_dict().items() if key not in IRRELEVANT}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        for part in (image_processor, model.config.vision_config):
+            settings = {key: value for key, value in part.to_dict().items() if key not in IRRELEVANT}
+            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         self.folder = Path(folder) / digest.hexdigest()[:24]
 
     def get_path(self, key: str) -> Path:
@@ -92,7 +107,7 @@ class VisionCache:
                 key = hash_image(image)
                 if key in missing or key in stored:
                     continue
-                if self.get_path(key).exists():
+                if self.is_whole(key):
                     stored.add(key)
                     continue
                 missing[key], places[key] = read_size(image), (row, index)
@@ -119,13 +134,42 @@ class VisionCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         content = {"features": features[0].to(self.dtype).cpu().contiguous(), "size": inputs["image_sizes"][0]}
-        save_file(content, unfinished)
+        save_file(content, unfinished, metadata={"crc32": _sum(content)})
         os.replace(unfinished, path)
 
+    def is_whole(self, key: str) -> bool:
+        """Whether features are there in full length; their bytes are checked when they are read."""
+        try:
+            with safe_open(self.get_path(key), "pt") as file:
+                return "crc32" in (file.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
+
     def load(self, key: str) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Features `(N, C)` of an image, and its processed height and width in pixels."""
-        content = load_file(self.get_path(key))
+        """Features `(N, C)` of an image, and its processed height and width in pixels.
+
+        Raises:
+            ValueError: they are not what was written; the file is removed, so that the next start computes them.
+        """
+        path = self.get_path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                content = {name: file.get_tensor(name) for name in file.keys()}
+                whole = (file.metadata() or {}).get("crc32") == _sum(content)
+        except SafetensorError:
+            whole = False
+        if not whole:
+            path.unlink(missing_ok=True)
+            raise ValueError(f"{path} was damaged after it was written, and is removed: start again to compute it.")
         return content["features"], tuple(content["size"].tolist())
+
+
+def _sum(content: dict[str, torch.Tensor]) -> str:
+    """A checksum over tensors, by the order of their names."""
+    found = 0
+    for _, tensor in sorted(content.items()):
+        found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 class CachedImageProcessor:

@@ -296,7 +296,7 @@ def set_config(**changes):
 
 def add_weight(parts):
     path = parts / "model" / "pytorch_model-00003-of-00003.bin"
-    torch.save({**torch.load(path, weights_only=True), "model.image_newline": torch.zeros(64)}, path)
+    torch.save({**torch.load(path, weights_only=True), "model.extra": torch.zeros(64)}, path)
 
 
 def edit_tower(edit):
@@ -361,7 +361,7 @@ BAD_INPUT = {
     "no projector": (remove_projector, "a projector of 0 linear layers; expected 2"),
     "unknown weight": (
         add_weight,
-        r"unknown weight 'model\.image_newline'; expected names of a checkpoint of the LLaVA",
+        r"unknown weight 'model\.extra'; expected names of a checkpoint of the LLaVA",
     ),
     "missing weight": (
         edit_tower(lambda weights: weights.pop("vision_model.pre_layrnorm.bias")),

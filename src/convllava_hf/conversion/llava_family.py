@@ -82,11 +82,11 @@ STABLELM_OLD_KEYS = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_f
 MISTRAL_CONFIG_KEYS = (*LLAMA_CONFIG_KEYS, "head_dim", "sliding_window")
 # Architecture -> configuration of the language model, what is read for it, and the default chat template.
 LANGUAGE_MODELS = {
-    "LlavaMistralForCausalLM": (MistralConfig, MISTRAL_CONFIG_KEYS, "mistral_instruct"),
     "LlavaLlamaForCausalLM": (LlamaConfig, LLAMA_CONFIG_KEYS, "vicuna_v1"),
     "TinyLlavaLlamaForCausalLM": (LlamaConfig, LLAMA_CONFIG_KEYS, "vicuna_v1"),
     "TinyLlavaPhiForCausalLM": (PhiConfig, PHI_CONFIG_KEYS, "phi"),
     "TinyLlavaStablelmForCausalLM": (StableLmConfig, STABLELM_CONFIG_KEYS, "phi"),
+    "LlavaMistralForCausalLM": (MistralConfig, MISTRAL_CONFIG_KEYS, "mistral_instruct"),
 }
 VIT_CONFIG_KEYS = (
     *("attention_dropout", "hidden_act", "hidden_size", "image_size", "initializer_range", "intermediate_size"),

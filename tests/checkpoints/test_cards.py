@@ -52,12 +52,17 @@ def test_finished_cards(path):
     facts, data = read_facts()[path.stem], ModelCard(card).data
     assert data.library_name == "transformers" and data.pipeline_tag == "image-text-to-text"
     assert data.license and data.datasets and data.tags
-    assert data.base_model == (facts["sources"] or None)
+    assert data.base_model == facts["sources"] and set(facts["weights"]) <= set(facts["sources"])
+    assert "conv" in path.stem.lower() or len(facts["sources"]) == 2, "language model or delta, and tower"
     sections = re.findall(r"^## (.*)$", card, re.MULTILINE)
     assert sections == [name for name in SECTIONS if name != "Results" or facts["results"]]
     for result in data.eval_results or []:
-        assert result.source_url == f"https://arxiv.org/abs/{facts['arxiv']}" and result.source_name == facts["paper"]
-    assert bool(data.eval_results) == ("sft" in path.stem or "Tiny" in path.stem)
+        assert (
+            result.source_url == facts["results_source"]
+            and facts["results_source"] in card
+            and result.source_name == facts["paper"]
+        )
+    assert bool(data.eval_results) == ("sft" in path.stem or "Tiny" in path.stem or "v1.5" in path.stem)
 
 
 def test_results_are_those_of_the_papers_tables():
@@ -70,12 +75,14 @@ def test_results_are_those_of_the_papers_tables():
         ("ConvLLaVA-sft-1024-hf", "RefCOCOg", "test", 81.2),
         ("TinyLLaVA-3.1B-hf", "VQAv2", None, 79.9),
         ("TinyLLaVA-1.5B-hf", "LLaVA-Bench (in the wild)", None, 60.8),
+        ("llava-v1.5-7b-hf", "MME (perception)", None, 1510.7),
+        ("llava-v1.5-13b-hf", "VizWiz", None, 53.6),
     ):
         found = {
             (result.dataset_name, result.dataset_split): result.metric_value for result in read_facts()[name]["results"]
         }
         assert found[label, split] == value
-        assert len(found) == (17 if "Conv" in name else 8)
+        assert len(found) == (17 if "Conv" in name else 12 if "v1.5" in name else 8)
 
 
 def test_tokens_of_the_cards_are_those_of_the_model():
@@ -177,7 +184,7 @@ def test_the_card_of_a_trainer_gives_way_but_for_what_it_says_about_the_training
     card = build_folder_card(folder)
     assert validate_card(card) == ([], [])
     data = ModelCard(card).data
-    assert data.pipeline_tag == "image-text-to-text" and data.datasets == "me/mine" and data.base_model == "me/base"
+    assert data.pipeline_tag == "image-text-to-text" and data.datasets == ["me/mine"] and data.base_model == ["me/base"]
     assert "| recipe | convllava_stage3 |" in card and "## Training" in card and "Other." not in card
     (folder / "README.md").write_text('# Mine\n\nmodel_id = "a"\n')
     assert not has_trainer_card(folder)

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from convllava_hf.checkpoints.code_files import HUB_FILES
 from convllava_hf.checkpoints.reading import CheckpointReader
+from convllava_hf.checkpoints.staging import MANIFEST
 from convllava_hf.checkpoints.weight_maps import ConversionError
 from convllava_hf.hub.client import HubError, describe_error
 from convllava_hf.hub.doctor import check_checkpoint
@@ -66,6 +67,7 @@ def test_push_and_pull_give_the_same_files_by_one_commit(hub, checkpoint, tmp_pa
         pulled = read_folder(folder)
         assert REPO.encode() in pulled.pop("README.md")
         del pulled[".gitattributes"]
+        pulled.pop(MANIFEST, None)
         assert pulled == read_folder(checkpoint)
     assert {path.name for path in tmp_path.iterdir()} == {"server", "cache", "out"}, "something was left behind"
 
@@ -200,6 +202,38 @@ def test_changes_of_others_repositories_can_be_proposed_only(hub, checkpoint):
 # ---- what is published
 
 
+def test_a_push_to_a_new_branch_leaves_no_weights_of_main_beside_the_new_ones(hub, checkpoint):
+    push_checkpoint(checkpoint, REPO)
+    planned = push_checkpoint(checkpoint, REPO, revision="shards", shard_size="250KB", dry_run=True)
+    report = push_checkpoint(checkpoint, REPO, revision="shards", shard_size="250KB")
+    assert planned.changes == report.changes and report.changes["model.safetensors"][0] == "deleted"
+    stored = {name for name in hub.list_files(REPO, "shards") if "safetensors" in name}
+    assert stored == {name for name, (change, _) in report.changes.items() if "safetensors" in name} - {
+        "model.safetensors"
+    }
+    assert hash_tensors(pull_checkpoint(REPO, revision="shards")) == hash_tensors(checkpoint)
+    assert "model.safetensors" in hub.list_files(REPO)
+
+
+def test_code_of_others_stays_in_the_repository_unless_asked(hub, checkpoint, tmp_path):
+    api = huggingface_hub.HfApi()
+    push_checkpoint(checkpoint, REPO)
+    for name in ("handler.py", "app.py"):
+        api.upload_file(path_or_fileobj=b"import os", path_in_repo=name, repo_id=REPO)
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "tiny"))
+    (folder / "training_curves.png").write_bytes(b"\x89PNG")
+    report = push_checkpoint(folder, REPO)
+    assert report.other_code == ["app.py", "handler.py"] and "app.py, handler.py" in report.summary()
+    assert {"app.py", "handler.py", "training_curves.png"} <= set(hub.list_files(REPO))
+    report = push_checkpoint(folder, REPO, delete_other_code=True)
+    assert {name for name in hub.list_files(REPO) if name.endswith(".py")} == set(HUB_FILES)
+    sent = [request.path for request in hub.requests if "preupload" in request.path or "/lfs/objects" in request.path]
+    count = len(sent)
+    push_checkpoint(folder, REPO)
+    sent = [request.path for request in hub.requests if "preupload" in request.path or "/lfs/objects" in request.path]
+    assert len(sent) == count, "what has not changed was prepared for sending"
+
+
 def test_published_code_is_the_packages_own(hub, checkpoint, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -272,11 +306,9 @@ def test_the_code_of_a_pushed_checkpoint_is_the_packages_own_and_no_other(hub, c
     """Also where the repository held other code, and whatever the configurations name."""
     api, copy = huggingface_hub.HfApi(), tmp_path / "tiny"
     api.create_repo(REPO)
-    for name in ("helper.py", "model-variants/x.safetensors"):
+    for name in ("handler.py", "model-variants/x.safetensors"):
         api.upload_file(path_or_fileobj=b"import os", path_in_repo=name, repo_id=REPO)
     push_checkpoint(checkpoint, REPO)
-    there = {path for path in api.list_repo_files(REPO) if path.endswith(".py")}
-    assert there == set(HUB_FILES)
     assert "model-variants/x.safetensors" in api.list_repo_files(REPO)
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -309,9 +341,9 @@ def test_tokens_are_found_wherever_they_are(hub, checkpoint, tmp_path):
         shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
         shutil.copytree(checkpoint, tmp_path / "tiny")
         (tmp_path / "tiny" / name).write_text(text)
-        with pytest.raises(HubError, match="access token"):
+        with pytest.raises(HubError, match="Hugging Face token|the token that is used"):
             push_checkpoint(tmp_path / "tiny", REPO)
-    with pytest.raises(HubError, match="message holds an access token"):
+    with pytest.raises(HubError, match="message holds a Hugging Face token"):
         push_checkpoint(checkpoint, REPO, message=secret)
     assert not hub.uploaded()
 
@@ -495,7 +527,7 @@ def test_files_with_a_token_in_them_are_not_published(hub, checkpoint, tmp_path)
     for name, content in read_folder(checkpoint).items():
         (folder / name).write_bytes(content)
     (folder / "notes.txt").write_text(f"export HF_TOKEN={READ_TOKEN}\n")
-    with pytest.raises(HubError, match="notes.txt holds an access token") as raised:
+    with pytest.raises(HubError, match="notes.txt holds a Hugging Face token") as raised:
         push_checkpoint(folder, REPO)
     assert READ_TOKEN not in str(raised.value) and not hub.requests
 

@@ -4,23 +4,25 @@ One template (`card_templates/card.md`) serves converted checkpoints, folders th
 finished cards of the released models (`model_cards/` of the repository, written from `card_templates/families.yaml`).
 """
 
-import json
 import re
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import LlavaConfig, PreTrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from .. import __version__
 from ..model.configuration_convllava import ConvLlavaConfig
+from .adapters import is_adapter, read_adapter
+from .reading import read_json
+from .weight_maps import ConversionError
 
 
 TEMPLATES = Path(__file__).with_name("card_templates")
 # Sides of squares that cards and `convllava info` list, in pixels.
 COMMON_SIDES = (512, 768, 1024, 1536)
 CELL = 64  # pixels per token and side of the released ConvLLaVA towers
-CONFIG_CLASSES = {"convllava": ConvLlavaConfig, "llava": LlavaConfig}
+CONFIG_CLASSES = {"convllava": ConvLlavaConfig, "llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
 
 def read_facts() -> dict[str, dict]:
@@ -29,6 +31,8 @@ def read_facts() -> dict[str, dict]:
     facts = {}
     for name, model in content["models"].items():
         facts[name] = {**content["families"][model["family"]], **model}
+        facts[name].setdefault("weights", facts[name]["sources"])
+        facts[name].setdefault("results_source", f"https://arxiv.org/abs/{facts[name]['arxiv']}")
         facts[name]["results"] = _list_results(facts[name], content["benchmarks"])
     return facts
 
@@ -48,7 +52,7 @@ def _list_results(facts: dict, benchmarks: dict) -> list[EvalResult]:
                     metric_type=metric,
                     metric_value=value,
                     source_name=facts["paper"],
-                    source_url=f"https://arxiv.org/abs/{facts['arxiv']}",
+                    source_url=facts["results_source"],
                 )
             )
     return results
@@ -61,8 +65,11 @@ def list_image_tokens(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
         config: of a ConvLLaVA or of transformers' `llava`.
 
     Returns:
-        Height and width in pixels, number of tokens; one entry for a model that takes one size only.
+        Height and width in pixels, number of tokens; one entry for a model that takes one size only, none for
+        `llava_next`, whose tokens depend on the tiles that a picture is cut into.
     """
+    if config.model_type == "llava_next":
+        return []
     side = getattr(config.vision_config, "image_size", None)
     if config.model_type != "convllava":
         return [(side, side, config.image_seq_length)]
@@ -81,21 +88,25 @@ def build_model_card(name: str, content: dict) -> str:
     Returns:
         Markdown with the Hub's metadata in front.
     """
-    sources = [source["name"] for source in content["sources"] if source["revision"]]
+    parts = read_sources(content)
+    sources = [source["name"] for source in parts if source["revision"]]
     # Published results are of exactly these parts.
-    released = [facts for facts in read_facts().values() if facts["sources"]]
-    facts = next((facts for facts in released if set(facts["sources"]) <= set(sources)), {})
+    released = [facts for facts in read_facts().values() if facts["weights"] and "training" not in content]
+    facts = next((facts for facts in released if set(facts["weights"]) <= set(sources)), {})
+    if content.get("training"):
+        facts = {"training": content["training"]}
     rows = "\n".join(
         f"| {source['role']} | {source['name']} | {source['revision'] or 'local folder'} | {file['name']} | "
         f"`{file['sha256']}` |"
-        for source in content["sources"]
+        for source in parts
         for file in source["files"]
     )
     counts = ", ".join(f"{number} {action}" for action, number in content["counts"].items())
+    listed = " `conversion_report.json` lists every one of them." if "tensors" in content else ""
     provenance = (
         f"Made with convllava-hf {content['convllava_hf']}.\n\n"
         f"| part | source | revision | file | SHA-256 |\n|---|---|---|---|---|\n{rows}\n\n"
-        f"Tensors: {counts}. `conversion_report.json` lists every one of them."
+        f"Tensors: {counts}.{listed}"
     )
     return _render(
         name,
@@ -104,7 +115,7 @@ def build_model_card(name: str, content: dict) -> str:
         sources=sources,
         license=content.get("license"),
         is_tower=content["kind"] == "vision tower",
-        is_convllava=content.get("architecture") != "LlavaForConditionalGeneration",
+        is_convllava=content.get("architecture") == "ConvLlavaForConditionalGeneration",
         image_tokens=content.get("image_tokens"),
         provenance=provenance,
     )
@@ -124,12 +135,11 @@ def build_release_card(name: str) -> str:
     side = facts["resolution"]
     sides = sorted({*COMMON_SIDES, side}) if is_convllava else [side]
     tokens = [(other, other, (other // CELL) ** 2 if is_convllava else facts["tokens"]) for other in sides]
-    command = f"convllava convert {facts['sources'][0] if facts['sources'] else 'DIR'} --output {name}"
+    command = f"convllava convert {facts['weights'][0]} --output {name}"
     if "apply-delta" in facts["about"]:
-        delta = facts["sources"][0] if facts["sources"] else "DELTA"
+        delta = facts["weights"][0]
         command = f"convllava apply-delta --base BASE --delta {delta} --output DIR\n{command.replace(delta, 'DIR')}"
-    sources = [f"[{source}](https://huggingface.co/{source})" for source in facts["sources"]]
-    sources = ", ".join(sources) or "the delta that the README there links"
+    sources = ", ".join(f"[{source}](https://huggingface.co/{source})" for source in facts["sources"])
     provenance = (
         f"Original code: {facts['code']}. Original weights: {sources}.\n\n"
         "The conversion can be repeated; on small models of the same format it is tested to be exact:\n\n"
@@ -164,32 +174,105 @@ def has_trainer_card(folder: Path) -> bool:
     return "generated_from_trainer" in (ModelCard.load(file, ignore_metadata_errors=True).data.tags or [])
 
 
-def build_folder_card(folder: Path) -> str:
-    """Writes a card for a checkpoint that has none of its own, from what its folder tells.
+def read_sources(report: dict) -> list[dict]:
+    """The sources that a conversion report names, without entries that are not what we write."""
+    sources = report.get("sources")
+    whole = []
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and isinstance(source.get("role"), str) and isinstance(source.get("name"), str):
+            files = source.get("files") if isinstance(source.get("files"), list) else []
+            revision = source.get("revision") if isinstance(source.get("revision"), str) else None
+            files = [file for file in files if isinstance(file, dict) and {"name", "sha256"} <= file.keys()]
+            whole.append({"role": source["role"], "name": source["name"], "revision": revision, "files": files})
+    return whole
 
-    The card of a training is TRL's, which knows of text only; what it says about the training is taken over.
+
+def read_training(folder: Path) -> str | None:
+    """What the card of a trained model or adapter says about its training."""
+    if not has_trainer_card(folder):
+        return None
+    text = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).text
+    return text.partition("## How it was trained")[2] or text
+
+
+def split_links(names, folder: Path) -> tuple[list[str], list[str]]:
+    """Tells ids of the Hub from names of files and folders of the machine that a model was trained on.
 
     Args:
-        folder: of the checkpoint.
+        names: what a trainer's card names as a data set or base model: a name, or a list of them.
+        folder: of the model; a name that leads somewhere from there, or from here, is no id.
+
+    Returns:
+        What can be linked, and the last parts of the others.
+    """
+    linked, local = [], []
+    for name in [names] if isinstance(names, str) else names or []:
+        places = [Path(), folder, *folder.parents]
+        is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name))
+        if is_id and not any((place / name).exists() for place in places):
+            linked.append(name)
+        else:
+            local.append(Path(str(name)).name)
+    return linked, local
+
+
+def build_folder_card(folder: Path, name: str | None = None) -> str:
+    """Writes a card for a checkpoint or an adapter that has none of its own, from what its folder tells.
+
+    The card of a training is TRL's, which knows of text only; what it says about the training is taken over. Data sets
+    and base models that are local are described, not linked.
+
+    Args:
+        folder: of the checkpoint or of the PEFT adapter.
+        name: of the model. Default: the folder's.
 
     Returns:
         Markdown with the Hub's metadata in front.
     """
-    report = folder / "conversion_report.json"
+    report, name = folder / "conversion_report.json", name or folder.name
     if report.is_file():
-        return build_model_card(folder.name, json.loads(report.read_text(encoding="utf-8")))
-    trained = ModelCard.load(folder / "README.md") if has_trainer_card(folder) else None
-    facts = {}
+        try:
+            return build_model_card(name, read_json(report))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problem = f"{report} is not what convllava-hf writes ({error!r}); delete it, or write a README.md."
+            raise ConversionError(problem) from error
+    trained = None
+    if has_trainer_card(folder):
+        trained = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    facts, local, bases = {}, [], []
     if trained is not None:
-        facts["training"] = trained.text.partition("## How it was trained")[2] or trained.text
-        facts |= {key: trained.data[key] for key in ("license", "datasets") if trained.data.get(key)}
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        data, local = split_links(trained.data.get("datasets"), folder)
+        bases, base = split_links(trained.data.get("base_model"), folder)
+        facts["training"] = read_training(folder)
+        facts |= {"datasets": data} if data else {}
+        facts |= {"license": trained.data["license"]} if trained.data.get("license") else {}
+        notes = [f"the data `{name}`" for name in local] + [f"the model `{name}`" for name in base]
+        if notes:
+            facts["training"] += f"\n\nLocal, so not linked here: {', '.join(notes)}.\n"
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        linked, named = split_links(adapter.base, folder)
+        base = (linked or named or ["BASE"])[0]
+        return _render(
+            name,
+            facts,
+            description=f"A PEFT adapter ({adapter.describe()}) of `{base}`.",
+            sources=linked,
+            license=None,
+            is_tower=False,
+            is_convllava=adapter.is_convllava,
+            image_tokens=None,
+            provenance=f"Pushed with convllava-hf {__version__}.",
+            base=base,
+            processor=None if (folder / "tokenizer_config.json").is_file() else base,
+        )
+    kind = read_json(folder / "config.json").get("model_type")
     config = CONFIG_CLASSES[kind].from_pretrained(folder) if kind in CONFIG_CLASSES else None
     return _render(
-        folder.name,
+        name,
         facts,
         description=f"A model of type `{kind}`.",
-        sources=(trained is not None and trained.data.base_model) or [],
+        sources=bases,
         license=None,
         is_tower=kind == "convnext",
         is_convllava=kind == "convllava",
@@ -209,14 +292,17 @@ def _render(
     is_convllava: bool,
     image_tokens: list[tuple[int, int, int]] | None,
     provenance: str,
+    base: str | None = None,
+    processor: str | None = None,
 ) -> str:
     results = facts.get("results", [])
     settings = {key: facts[key] for key in ("license_name", "license_link", "language", "datasets") if key in facts}
     default_tags = ["convnext"] if is_tower else [*(["convllava", "convnext"] if is_convllava else []), "llava"]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if base else "transformers",
         pipeline_tag="image-feature-extraction" if is_tower else "image-text-to-text",
         base_model=sources or None,
+        **({"base_model_relation": "adapter"} if base and sources else {}),
         license=facts.get("license") or license,
         tags=[*facts.get("tags", default_tags), *([] if is_tower else ["multimodal"])],
         model_name=name if results else None,
@@ -232,6 +318,8 @@ def _render(
         name=name,
         model_id=name,
         description=description,
+        base=base,
+        processor=processor,
         uses="limits" in facts and f"For research on models of images and text.\n\n{facts['limits']}",
         is_tower=is_tower,
         is_convllava=is_convllava,
@@ -242,7 +330,7 @@ def _render(
         training=facts.get("training", "").strip(),
         results=results,
         paper=facts.get("paper"),
-        results_source=f"https://arxiv.org/abs/{facts.get('arxiv')}",
+        results_source=facts.get("results_source"),
         provenance=provenance,
         citation=facts.get("citation", "").strip(),
     )

@@ -1,12 +1,8 @@
 """The code that travels with a checkpoint: which files are ours, and whether a folder names or holds any other."""
 
-import json
 from pathlib import Path
 
-from ..model.configuration_convllava import ConvLlavaConfig
-from ..model.image_processing_convllava import ConvLlavaImageProcessor, ConvLlavaImageProcessorPil
-from ..model.modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
-from ..model.processing_convllava import ConvLlavaProcessor
+from .reading import read_json
 
 
 # The flat files that travel with every checkpoint as remote code.
@@ -19,14 +15,15 @@ HUB_FILES = (
 
 
 HUB_FOLDER = Path(__file__).parents[1] / "model"
-HUB_CLASSES = (
-    ConvLlavaConfig,
-    ConvLlavaModel,
-    ConvLlavaForConditionalGeneration,
-    ConvLlavaProcessor,
-    ConvLlavaImageProcessor,
-    ConvLlavaImageProcessorPil,
-)
+# What an `auto_map` may name, as transformers writes it.
+HUB_CLASSES = {
+    "configuration_convllava.ConvLlavaConfig",
+    "image_processing_convllava.ConvLlavaImageProcessor",
+    "image_processing_convllava.ConvLlavaImageProcessorPil",
+    "modeling_convllava.ConvLlavaForConditionalGeneration",
+    "modeling_convllava.ConvLlavaModel",
+    "processing_convllava.ConvLlavaProcessor",
+}
 
 
 # Files of a checkpoint in which `auto_map` names code.
@@ -43,18 +40,20 @@ def find_foreign_code(folder: Path) -> str | None:
         What is wrong; `None` if `config.json` names the classes of this package, of a model of ours, and nothing in the
         folder names any others. `"repository--module.Class"` would run code of another repository.
     """
-    ours = {f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in HUB_CLASSES}
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8")) if file.name in CONFIGURATIONS else {}
+    for name in CONFIGURATIONS:
+        content = read_json(folder / name) if (folder / name).exists() else {}
         for part in [content, *(value for value in content.values() if isinstance(value, dict))]:
-            for name, target in (part.get("auto_map") or {}).items():
+            named = part.get("auto_map") or {}
+            if not isinstance(named, dict):
+                return f"{name} has an auto_map of the type {type(named).__name__}"
+            for key, target in named.items():
                 for reference in target if isinstance(target, list) else [target]:
-                    if reference is not None and reference not in ours:
-                        return f"{file.name} names {reference!r} as its {name}, which is no class of convllava-hf"
-        if file.name == "config.json" and content.get("model_type") == "convllava":
+                    if reference is not None and not (isinstance(reference, str) and reference in HUB_CLASSES):
+                        return f"{name} names {reference!r} as its {key}, which is no class of convllava-hf"
+        if name == "config.json" and content.get("model_type") == "convllava":
             missing = {"AutoConfig", "AutoModelForImageTextToText"} - set(content.get("auto_map") or {})
             if missing:
-                return f"{file.name} has no auto_map for {' and '.join(sorted(missing))}, which trust_remote_code needs"
+                return f"{name} has no auto_map for {' and '.join(sorted(missing))}, which trust_remote_code needs"
     return None
 
 
@@ -68,7 +67,7 @@ def list_code_files(folder: Path) -> dict[str, str]:
         File name -> `"same"`, `"modified"`, `"missing"` (of the files that a ConvLLaVA needs), or `"unknown"`.
     """
     states = {}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     names = HUB_FILES if config.get("model_type") == "convllava" else ()
     for name in names:
         if not (folder / name).is_file():

@@ -6,6 +6,7 @@ Memory stays near the size of the largest tensor, however large the checkpoint. 
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 ZIP_START = b"PK\x03\x04"
 
 
+# Bounds for files of strangers: of a JSON file, and of the header of a weight file (safetensors' own).
+JSON_BYTES = 500 * 10**6
+HEADER_BYTES = 100 * 10**6
+# Tensors may share memory in a file, as tied weights do. More bytes of tensors than this many files is no checkpoint.
+MAX_SHARING = 8
+
+
 # Mapped pages count as this process's memory until the mapping goes: close the files after reading this much.
 MAPPED_BYTES = 256 * 2**20
 
@@ -68,15 +76,36 @@ def read_json(path: Path) -> dict:
     Raises:
         ConversionError: the file is missing, or is no JSON object.
     """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ConversionError(f"{path} is missing; expected a complete copy of the repository. Get it again.")
+    if path.stat().st_size > JSON_BYTES:
+        raise ConversionError(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_BYTES}. Get it again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is missing; expected a complete copy of the repository. Get it again.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON ({error}); it may be truncated. Get it again.") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}; expected a JSON object. Get it again.")
     return content
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Reads which file beside an index holds which tensor.
+
+    Raises:
+        ConversionError: it is no index, or names something else than files beside it.
+    """
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ConversionError(f"{path} has no 'weight_map'; expected tensor names with file names. Get it again.")
+    for tensor, name in index.items():
+        if not isinstance(name, str):
+            raise ConversionError(f"{path} has {name!r} for {tensor!r}; expected the name of a file. Get it again.")
+        if Path(name).name != name or "\\" in name or "\0" in name:
+            raise ConversionError(
+                f"{path} lists the file {name!r}; expected one beside it. Do not use this checkpoint."
+            )
+    return index
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -99,15 +128,9 @@ def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         )
     if found.suffix != ".json":
         return [found], {}
-    index = read_json(found).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise ConversionError(f"{found} has no 'weight_map'; expected tensor names with file names. Get it again.")
+    index = read_index(found)
     names = sorted(set(index.values()))
     for name in names:
-        if Path(name).name != name:
-            raise ConversionError(
-                f"{found} lists the file {name!r}; expected one beside it. Do not use this checkpoint."
-            )
         if not (folder / name).is_file():
             raise ConversionError(f"{folder / name} is missing; {found.name} lists it. Get the missing shard.")
     return [folder / name for name in names], index
@@ -153,9 +176,9 @@ class CheckpointReader:
     def _open(self, path: Path):
         if path not in self._open_files:
             if path.suffix == ".safetensors":
-                self._open_files[path] = _open_safetensors(path)
+                self._open_files[path] = open_safetensors(path)
             else:
-                self._open_files[path] = _open_pickle(path)
+                self._open_files[path] = open_pickle(path)
         return self._open_files[path]
 
     def _list(self, path: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -190,13 +213,13 @@ class CheckpointReader:
         self._bytes_mapped = 0
 
 
-def _open_safetensors(path: Path):
+def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConversionError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated or damaged; "
-            "get it again."
+            f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {_describe_cause(error)}. It is "
+            "truncated or damaged; get it again."
         ) from error
     except RuntimeError as error:  # the system maps no file that it could not hold if it were written to
         raise ConversionError(
@@ -205,8 +228,43 @@ def _open_safetensors(path: Path):
         ) from error
 
 
-def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Maps a `.bin` file. `weights_only` refuses every pickle that asks for more than tensors, before running it."""
+def check_archive(archive: zipfile.ZipFile) -> str:
+    """Checks that a `.bin` file is what torch.save writes: a zip of one pickle and tensors, uncompressed.
+
+    Returns:
+        Name of the pickle in it.
+
+    Raises:
+        ConversionError: it is a small file that would unpack to a large one, or another one; the text goes on after the
+            name of the file.
+    """
+    entries = archive.infolist()
+    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1 or pickles[0].file_size > HEADER_BYTES:
+        raise ConversionError("holds no one pickle of tensors of a sensible size. It is damaged; get it again.")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ConversionError(
+                f"holds {entry.filename!r} compressed, which torch.save does not do; it was not unpacked. Get the "
+                "weights as safetensors, or from their authors."
+            )
+    return pickles[0].filename
+
+
+def _describe_cause(error: Exception) -> str:
+    """The first sentence of an error, of bounded length: it may quote the file."""
+    first = next(iter(str(error).strip().splitlines()), "").split(". ")[0]
+    return first[:300].rstrip(".") or type(error).__name__
+
+
+def open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Maps a `.bin` file. `weights_only` refuses every pickle that asks for more than tensors, before running it.
+
+    Raises:
+        ConversionError: it is damaged, holds something else than tensors by name, or less than it says it does.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path} is no file; expected weights. Pass another.")
     described = f"{path} ({path.stat().st_size} bytes)"
     with open(path, "rb") as file:
         if file.read(4) != ZIP_START:
@@ -214,6 +272,14 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
                 f"{described} is not in the zip format of torch.save; expected a file of torch 1.6 or later. It is "
                 "damaged or older, or not what its name says; nothing in it ran. Get it again, or as safetensors."
             )
+        try:
+            with zipfile.ZipFile(file) as archive:
+                check_archive(archive)
+        except ConversionError as error:
+            raise ConversionError(f"{described} {error}") from error
+        except Exception as error:  # damaged archives fail in many ways
+            problem = _describe_cause(error)
+            raise ConversionError(f"{described} cannot be read: {problem}. It is truncated or damaged.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
@@ -225,8 +291,7 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     except Exception as error:  # errors of the zip reader and of tensors have no common base
         raise ConversionError(
-            f"{described} cannot be read: {str(error).splitlines()[0].split('. ')[0]}. It is truncated or damaged; "
-            "get it again."
+            f"{described} cannot be read: {_describe_cause(error)}. It is truncated or damaged; get it again."
         ) from error
     if not isinstance(content, dict) or not content:
         raise ConversionError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors by name.")
@@ -236,6 +301,14 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} holds {name!r}: {type(tensor).__name__}; expected tensors by name. If this is a training "
                 "state, use the weights inside it."
             )
+        size = tensor.numel() * tensor.itemsize
+        if size > tensor.untyped_storage().nbytes():
+            raise ConversionError(
+                f"{described} holds {name!r} of {size} bytes in {tensor.untyped_storage().nbytes()}: it repeats the "
+                "same numbers. Do not use this file."
+            )
+    if sum(tensor.numel() * tensor.itemsize for tensor in content.values()) > MAX_SHARING * path.stat().st_size:
+        raise ConversionError(f"{described} holds the same numbers under many names. Do not use this file.")
     return content
 
 

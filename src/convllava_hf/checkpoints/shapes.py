@@ -15,19 +15,45 @@ from typing import BinaryIO
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .reading import TORCH_DTYPES, StoredTensor
+from .reading import HEADER_BYTES, TORCH_DTYPES, CheckpointReader, StoredTensor, check_archive
 from .weight_maps import LLAVA_PUBLISHED, ConversionError
+
+
+# By name: their modules are imported where a model of theirs is built, and not to read a header.
+PUBLISHED_OTHERWISE = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"}
 
 
 def list_shapes(model: nn.Module, config: PreTrainedConfig) -> tuple[dict, tuple[str, ...]]:
     """Shapes of what a model stores, and the names that it does not store because they are tied."""
-    published = LLAVA_PUBLISHED.rename if isinstance(model, LlavaForConditionalGeneration) else str
+    published = LLAVA_PUBLISHED.rename if type(model).__name__ in PUBLISHED_OTHERWISE else str
     tied = ("lm_head.weight",) if getattr(config, "tie_word_embeddings", False) else ()
     return {
         published(name): tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
     }, tied
+
+
+# Settings that say how many modules a model is made of.
+COUNTS = re.compile(r"num_\w*layers|n_layers?|depths?|num_stages")
+
+
+def check_counts(config: PreTrainedConfig | dict, num_tensors: int):
+    """Refuses a configuration of more layers than there are tensors, before a model of them is built.
+
+    Raises:
+        ConversionError: names the setting.
+    """
+    for key, value in (config if isinstance(config, dict) else config.to_dict()).items():
+        if isinstance(value, dict):
+            check_counts(value, num_tensors)
+        elif COUNTS.fullmatch(str(key)):
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int) and count > num_tensors:
+                    raise ConversionError(
+                        f"{key} = {value!r}; expected at most {num_tensors}, the number of stored tensors. The "
+                        "config.json is not of these weights."
+                    )
 
 
 STORAGES = {
@@ -80,6 +106,40 @@ def count_parameters(tensors: dict[str, StoredTensor]) -> dict[str, int]:
     }
 
 
+def compare_shapes(reader: CheckpointReader, model_class: type[nn.Module], config: PreTrainedConfig) -> str | None:
+    """Compares the tensors of a checkpoint with those of the model that its configuration describes.
+
+    Returns:
+        What differs; `None` if the model has exactly these tensors.
+
+    Raises:
+        ConversionError: the configuration asks for more layers than there are tensors.
+    """
+    check_counts(config, len(reader.tensors))
+    with torch.device("meta"):
+        model = model_class(config)
+    counts = count_parameters(reader.tensors)
+    stored = {name: reader.tensors[name].shape for name in counts}
+    expected, tied = list_shapes(model, config)
+    if not set(stored) & set(expected):  # transformers' llava under the names of its modules
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    for what, names in (("missing", set(expected) - set(stored)), ("unknown", set(stored) - set(expected))):
+        if names:
+            return f"{len(names)} tensor(s) are {what}, the first is {min(names)}"
+    packed, wrong = find_packed(reader.tensors), []
+    for name, shape in stored.items():
+        if name in packed:  # whole bytes, and whole numbers of the dtype that they are stored as
+            rest = counts[name] - math.prod(expected[name])
+            is_right = 0 <= rest < 2 * reader.tensors[name].dtype.itemsize
+        else:
+            is_right = shape == expected[name]
+        if not is_right:
+            wrong.append(name)
+    if wrong:
+        return f"{wrong[0]} has the shape {list(stored[wrong[0]])}; expected {list(expected[wrong[0]])}"
+    return None
+
+
 def read_header(file: BinaryIO, name: str) -> dict[str, StoredTensor]:
     """Shapes and dtypes of the tensors of a weight file, from its first or last bytes.
 
@@ -95,26 +155,48 @@ def read_header(file: BinaryIO, name: str) -> dict[str, StoredTensor]:
     """
     try:
         if name.endswith(".safetensors"):
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-            entries = {key: value for key, value in header.items() if key != "__metadata__"}
-            for key, value in entries.items():
-                if value["dtype"] not in HEADER_DTYPES:
-                    raise ConversionError(
-                        f"it holds {key!r} as {value['dtype']}; expected one of {', '.join(HEADER_DTYPES)}."
-                    )
-            return {
-                key: StoredTensor(tuple(value["shape"]), HEADER_DTYPES[value["dtype"]], name)
-                for key, value in entries.items()
-            }
-        with zipfile.ZipFile(file) as archive:
-            (pickled,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-            with archive.open(pickled) as stream:
-                content = _ShapeUnpickler(stream).load()
-        return {key: StoredTensor(shape, dtype, name) for key, (shape, dtype) in content.items()}
+            tensors = _read_safetensors_header(file)
+        else:
+            tensors = _read_pickle_header(file)
     except ConversionError as error:
         raise ConversionError(f"{name}: {error}") from None
     except Exception as error:  # damaged headers fail in every way there is
-        raise ConversionError(f"the header of {name} cannot be read ({error}); get the file again.") from error
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConversionError(f"the header of {name} cannot be read ({problem}); get the file again.") from error
+    for key, (shape, _) in tensors.items():
+        if not isinstance(key, str) or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
+            raise ConversionError(
+                f"{name} holds {key!r} of shape {str(shape)[:100]}; expected whole numbers. Get it again."
+            )
+    return {key: StoredTensor(shape, dtype, name) for key, (shape, dtype) in tensors.items()}
+
+
+def _read_safetensors_header(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    size = struct.unpack("<Q", file.read(8))[0]
+    if size > HEADER_BYTES:
+        raise ValueError(f"it has {size} bytes; expected at most {HEADER_BYTES}")
+    header = json.loads(file.read(size))
+    tensors = {}
+    for key, value in header.items():
+        if key == "__metadata__":
+            continue
+        if value["dtype"] not in HEADER_DTYPES:
+            raise ConversionError(f"it holds {key!r} as {value['dtype']}; expected one of {', '.join(HEADER_DTYPES)}.")
+        tensors[key] = tuple(value["shape"]), HEADER_DTYPES[value["dtype"]]
+    return tensors
+
+
+def _read_pickle_header(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    with zipfile.ZipFile(file) as archive:
+        try:
+            pickled = check_archive(archive)
+        except ConversionError as error:
+            raise ConversionError(f"it {error}") from error
+        with archive.open(pickled) as stream:
+            content = _ShapeUnpickler(stream).load()
+    if not all(isinstance(value, tuple) and len(value) == 2 for value in content.values()):
+        raise ConversionError("its pickle holds something that is no tensor; expected tensors by name.")
+    return {key: (tuple(shape), dtype) for key, (shape, dtype) in content.items()}
 
 
 class _ShapeUnpickler(pickle.Unpickler):
@@ -134,3 +216,19 @@ class _ShapeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, identifier):
         return identifier[1]  # ("storage", type, key, device, size)
+
+
+def find_relabelled(tensor: torch.Tensor) -> str | None:
+    """The dtype that 16-bit numbers were written as, if they are read as the other one; `None` if they look right.
+
+    Weights lie around zero: about one in eight is smaller than a quarter of their median. bfloat16 read as float16 has
+    hardly any of those (the exponent of all is about the same); float16 read as bfloat16 is next to nothing.
+    """
+    if tensor.dtype not in (torch.float16, torch.bfloat16) or tensor.ndim < 2 or tensor.numel() < 1024:
+        return None
+    sizes = tensor.reshape(-1)[: 2**16].float().abs()
+    median = sizes.median()
+    if tensor.dtype == torch.bfloat16:
+        return "float16" if 0 < median < 1e-6 else None
+    small = (sizes < median / 4).float().mean()
+    return "bfloat16" if median > 0.25 and small < 0.03 and sizes.std() > 0 else None

@@ -1,7 +1,12 @@
-"""Putting a finished folder in place: it is written beside its name and gets the name when it is whole."""
+"""Putting a finished folder in place: it is written beside its name and gets the name when it is whole.
+
+A folder made here holds a manifest of its files. Only what the manifest lists, unchanged, is ever replaced.
+"""
 
 import errno
 import glob
+import hashlib
+import json
 import os
 import re
 import secrets
@@ -18,12 +23,19 @@ from .weight_maps import ConversionError
 logger = logging.get_logger(__name__)
 
 
+MANIFEST = ".convllava-manifest.json"
+
+
 # Room on the disk for the small files beside the weights.
 SPARE_BYTES = 32 * 2**20
 
 
-# Names an export, whose folders are its own.
+# Names an export.
 EXPORT_MANIFEST = "export.json"
+
+
+# Of larger files a manifest has the size alone: weights are not edited by hand, and hashing them takes minutes.
+HASHED_BYTES = 2**20
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +48,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     Args:
         output: where the result shall be. An empty folder counts as free.
         num_bytes: bytes that will be written.
-        force: replace a model folder that is there. What is no model folder is never replaced.
+        force: replace a folder that this package made and nobody has changed since.
         resume: names the work that is done. Where it ends badly the folder stays, and the same name finds it again.
 
     Yields:
@@ -47,7 +59,6 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     """
     output = Path(os.path.expanduser(output)).resolve()
     check_output(output, force)
-    replaced = output.exists() and any(output.iterdir())
     mark = resume or secrets.token_hex(4)
     staging = output.parent / f".{output.name}.incomplete-{mark}"
     try:
@@ -60,26 +71,26 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
                 "Free some space or choose another --output."
             )
         staging.mkdir(exist_ok=resume is not None)
-        for stale in sorted(set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}):
+        for stale in set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}:
             logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
         yield staging
-        if replaced:
-            old = output.parent / f".{output.name}.replaced-{mark}"
-            output.rename(old)
+        write_manifest(staging)
+        check_output(output, force)  # the work took its time, and others may have put something there
+        if output.exists() and any(output.iterdir()):
+            replaced = output.parent / f".{output.name}.replaced-{mark}"
+            output.rename(replaced)
             try:
                 staging.rename(output)
             except BaseException:
-                old.rename(output)
+                replaced.rename(output)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(replaced)
         else:
             staging.rename(output)
     except Exception as error:
-        # Libraries in Rust report a full disk as a plain exception with the number in its text.
-        number = getattr(error, "errno", None) or next(iter(re.findall(r"os error (\d+)", str(error))), None)
+        number = find_error_number(error)
         if isinstance(error, ConversionError) or number is None:
             raise
-        number = int(number)
         fix = "Free some space or choose another --output." if number in NO_SPACE else "Choose another --output."
         left = f"Nothing was left under {output.name}."
         if resume:
@@ -90,27 +101,105 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def stage_file(output: Path) -> Iterator[Path]:
+    """Gives a name beside `output` to write a file to, which gets its name when the block ends well; else it goes.
+
+    Raises:
+        ConversionError: the disk refuses to write.
+    """
+    staging = output.parent / f".{output.name}.incomplete-{secrets.token_hex(4)}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        os.replace(staging, output)
+    except Exception as error:
+        number = find_error_number(error)
+        if isinstance(error, ConversionError) or number is None:
+            raise
+        raise ConversionError(
+            f"writing {output} failed: {os.strerror(number)}. Nothing was left there; choose another --output."
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def find_error_number(error: BaseException | None) -> int | None:
+    """The system's number of an error; libraries in Rust and C++ have it, or its words, in their text alone."""
+    while error is not None:
+        if number := getattr(error, "errno", None):
+            return number
+        if found := re.search(r"os error (\d+)", str(error)):
+            return int(found[1])
+        if "iostream error" in str(error) or "PytorchStreamWriter failed" in str(error):  # torch's own writer
+            return errno.EIO
+        error = error.__cause__
+    return None
+
+
+def write_manifest(folder: Path):
+    """Lists the files of a finished folder, with their sizes, and the hashes of small ones."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        files[path.relative_to(folder).as_posix()] = _describe(path)
+    (folder / MANIFEST).write_text(json.dumps({"made_by": "convllava-hf", "files": files}, indent=1) + "\n")
+
+
+def _describe(path: Path) -> dict:
+    size = path.stat().st_size
+    return {"bytes": size} | ({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if size <= HASHED_BYTES else {})
+
+
+def list_foreign(folder: Path) -> list[str]:
+    """What a folder holds that its manifest does not list, or that was changed since; all, without a manifest."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {**files}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        files = {}
+    foreign = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                foreign.append(f"{name}/")
+        elif name != MANIFEST and (path.is_symlink() or not path.is_file() or files.get(name) != _describe(path)):
+            foreign.append(name)
+    return foreign
+
+
+def find_replaced(output: Path) -> Path | None:
+    """The model that was at `output` before a run with --force, which was killed while it was replaced."""
+    return next(iter(sorted(output.parent.glob(f".{glob.escape(output.name)}.replaced-*"))), None)
+
+
 def check_output(output: Path, force: bool):
     """Checks that a result may be put at `output`, before any work is done.
 
     Raises:
-        ConversionError: a file or folder is there; with `force`, only if it is not the folder of a model, or holds
-            folders, such as the checkpoints of a training run, beside it.
+        ConversionError: a file or folder is there; with `force`, only if it holds anything that this package did not
+            make. Also a mount point, and a place that takes no files.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if old := find_replaced(output):
+        way = "delete it if it is not needed" if os.path.lexists(output) else "rename it to get it back"
+        logger.warning_once(f"{old} is the model that was at {output} before a run was killed; {way}.")
+    parent = next(parent for parent in output.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConversionError(f"{parent} is no folder that takes files. Choose another --output.")
+    if not os.path.lexists(output):
+        return
+    if os.path.ismount(output):
+        raise ConversionError(
+            f"{output} is a mount point, which cannot be replaced. Choose a folder in it for --output."
+        )
+    if output.is_dir() and not any(output.iterdir()):
         return
     if not force:
         raise ConversionError(f"{output} exists. Choose another --output, or pass --force to replace it.")
-    if (output / EXPORT_MANIFEST).is_file():
-        return
-    if not (output / "config.json").is_file():
+    foreign = list_foreign(output) if output.is_dir() else [output.name]
+    if foreign:
+        names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise ConversionError(
-            f"{output} is not the folder of a model (it has no config.json), so --force does not replace it. Choose "
-            "another --output, or delete it yourself."
-        )
-    folders = sorted(path.name for path in output.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if folders:
-        raise ConversionError(
-            f"{output} holds folders beside a model ({', '.join(folders[:5])}), so --force does not replace it. Choose "
-            "another --output, or delete it yourself."
+            f"{output} holds what convllava-hf did not make, or what was changed since ({names}), so --force does not "
+            "replace it. Choose another --output, or delete it yourself."
         )

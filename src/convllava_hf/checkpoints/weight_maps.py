@@ -227,7 +227,28 @@ LLAVA = WeightMap(
                 **_pair(_affine("0", "2"), _affine("linear_1", "linear_2")),
             }.items()
         },
+        "model.image_newline": "image_newline",
         "model.vision_tower.{rest}": Dropped("copy of the vision tower; the tower's own repository is read, as before"),
+    },
+)
+
+# The same with a tower that was trained: it is taken from the checkpoint, as the original's loader does.
+OWN_TOWER = "model.vision_tower.vision_tower."
+LLAVA_WITH_TOWER = WeightMap(
+    "a checkpoint of the LLaVA family with a tower of its own",
+    {
+        **{name: target for name, target in LLAVA.rules.items() if not name.startswith("model.vision_tower.")},
+        **{f"{OWN_TOWER}{name}": target for name, target in VIT.rules.items()},
+    },
+)
+
+# TinyLLaVA Factory, `tinyllava/model/modeling_tinyllava.py`: everything in one checkpoint, under names of its own.
+FACTORY = WeightMap(
+    "a checkpoint of TinyLLaVA Factory",
+    {
+        "language_model.{rest}": "{rest}",
+        "connector._connector.{rest}": "model.mm_projector.{rest}",
+        "vision_tower._vision_tower.{rest}": f"{OWN_TOWER}{{rest}}",
     },
 )
 
@@ -239,6 +260,7 @@ LLAVA_PUBLISHED = WeightMap(
         "lm_head.weight": "language_model.lm_head.weight",
         "model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}",
         "model.vision_tower.{rest}": "vision_tower.vision_model.{rest}",
+        "model.image_newline": "image_newline",
     },
 )
 

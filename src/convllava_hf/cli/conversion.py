@@ -20,6 +20,12 @@ def convert(
     vision_tower: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Hub id or folder of the tower. [default: as SOURCE says]")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Of a LoRA or a projector: what it was trained on.")
+    ] = None,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Write a LoRA as a PEFT adapter of a converted --base.")
+    ] = False,
     chat_template: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of a template. [default: what SOURCE was trained with]")
     ] = None,
@@ -40,6 +46,7 @@ def convert(
     Examples:
       convllava convert ConvLLaVA/ConvLLaVA-sft-1536 --output ConvLLaVA-sft-1536-hf
       convllava convert liuhaotian/llava-v1.5-7b --output llava-v1.5-7b-hf
+      convllava convert llava-lora --base lmsys/vicuna-7b-v1.5 --output finetuned
       convllava convert ./llm --vision-tower ./vision --dtype float16 --output converted
       convllava convert ConvLLaVA/LAION-CLIP-ConvNeXt-Large-512 --output tower
     """
@@ -52,6 +59,8 @@ def convert(
             source,
             output,
             vision_tower=vision_tower,
+            base=base,
+            keep_adapter=keep_adapter,
             chat_template=chat_template,
             revision=revision,
             vision_revision=vision_revision,
@@ -59,7 +68,7 @@ def convert(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print(report.summary())
+        print(f"wrote {report}" if keep_adapter else report.summary())
 
 
 def init(

@@ -1,5 +1,6 @@
 """The commands around the Hub: `convllava push`, `pull`, `info` and `doctor`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,12 @@ def push(
         str | None, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB. [default: as they are]")
     ] = None,
     message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Title of the commit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Base that an adapter shall name. [default: as it says]")
+    ] = None,
+    delete_other_code: Annotated[
+        bool, typer.Option("--delete-other-code", help="Delete *.py of the repository that are not this package's.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files, sizes and what would change.")] = False,
 ):
     """Publish a checkpoint on the Hub in one commit: weights, code, template, configurations and card.
@@ -58,6 +65,8 @@ def push(
             create_pr=create_pr,
             message=message,
             shard_size=shard_size,
+            base=base,
+            delete_other_code=delete_other_code,
             dry_run=dry_run,
         )
         print(report.summary())
@@ -82,9 +91,14 @@ def pull(
       convllava pull someone/my-model --revision v1.0 --output my-model
     """
     with report_errors():
+        from ..checkpoints.adapters import is_adapter, read_adapter
         from ..hub.pull import pull_checkpoint
 
-        print(pull_checkpoint(repo_id, output, revision, force=force))
+        folder = pull_checkpoint(repo_id, output, revision, force=force)
+        if is_adapter(folder):
+            base = read_adapter(folder).base or "BASE"
+            print(f"an adapter of {base}: convllava merge {folder} --output DIR joins them", file=sys.stderr)
+        print(folder)
 
 
 def info(

@@ -7,17 +7,15 @@ from transformers import (
     CLIPImageProcessor,
     ConvNextConfig,
     ConvNextModel,
-    LlavaForConditionalGeneration,
-    PreTrainedConfig,
-    ProcessorMixin,
 )
 
 from ..checkpoints.reading import read_json
-from ..checkpoints.shapes import list_shapes
+from ..checkpoints.shapes import check_counts, list_shapes
 from ..checkpoints.weight_maps import ConversionError
 from ..shipped import read_chat_template
-from .llava_family import build_llava, is_vit, read_llava_family, read_vit
-from .models import make_identity, write_convllava, write_model
+from .finetuned import is_finetuning, put_on_base, write_adapter
+from .llava_family import FACTORY_TYPE, JoinedLlava, JoinedLlavaNext, is_vit, read_factory, read_llava_family, read_vit
+from .models import write_convllava
 from .sources import Tower, find_source, read_llava, read_tower
 from .writer import CheckpointWriter, ConversionReport, check_stored, plan_weights
 
@@ -27,14 +25,16 @@ def convert_checkpoint(
     output: str | Path,
     *,
     vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
+    keep_adapter: bool = False,
     chat_template: str | None = None,
     revision: str | None = None,
     vision_revision: str | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
     force: bool = False,
-) -> ConversionReport:
-    """Converts a released checkpoint of ConvLLaVA or of the LLaVA family, or a vision tower alone.
+) -> ConversionReport | Path:
+    """Converts a checkpoint of ConvLLaVA or of the LLaVA family, a finetuning of LLaVA's code, or a vision tower.
 
     A language model with `mm_vision_tower` in its configuration becomes a model with its tower, tokenizer, processor
     and chat template: with a ConvNeXt a [`ConvLlavaForConditionalGeneration`] and its code files, with CLIP or SigLIP
@@ -46,6 +46,8 @@ def convert_checkpoint(
         source: Hub id or folder.
         output: folder to make.
         vision_tower: Hub id or folder in place of the configuration's `mm_vision_tower`.
+        base: Hub id or folder of the model that a LoRA or a projector was trained on, in its original layout.
+        keep_adapter: write a LoRA as a PEFT adapter of `base`, which is a folder of transformers' `llava` then.
         chat_template: name of a template of this package. Default: the one that the checkpoint was trained with.
         revision: branch, tag or commit of `source` on the Hub.
         vision_revision: the same for the tower.
@@ -54,7 +56,7 @@ def convert_checkpoint(
         force: replace `output` if it is the folder of a model.
 
     Returns:
-        The report; it also lies in the output.
+        The report; it also lies in the output. With `keep_adapter` the folder.
 
     Raises:
         ConversionError: anything that keeps the result from being complete and exact. Nothing is left at `output`.
@@ -64,9 +66,30 @@ def convert_checkpoint(
         read_chat_template(chat_template)
     main = find_source(source, revision, "language model", "Pass a Hub id or a folder.")
     config = read_json(main.folder / "config.json") if (main.folder / "config.json").is_file() else {}
-    if config.get("model_type") == "convllava" or {"text_config", "vision_config"} <= config.keys():
+    is_factory = config.get("model_type") == FACTORY_TYPE
+    if config.get("model_type") == "convllava" or (
+        {"text_config", "vision_config"} <= config.keys() and not is_factory
+    ):
         kind = config.get("model_type")
         raise ConversionError(f"{main.name} is converted already (its model_type is {kind!r}); use it as it is.")
+    finetuned = is_finetuning(main.folder)
+    if (base is not None or keep_adapter) and not finetuned:
+        raise ConversionError(
+            f"{main.name} is no LoRA or projector of LLaVA's code, so it takes no --base. Leave it out."
+        )
+    if finetuned and base is None:
+        known = config.get("_name_or_path") or "its own"
+        raise ConversionError(
+            f"{main.name} holds what was trained on a base model, without it. Pass --base; config.json says {known!r}."
+        )
+    if keep_adapter:
+        return write_adapter(main, base, writer.output, force)
+    if finetuned:
+        put_on_base(main, find_source(base, None, "base", "Pass --base with a Hub id or a folder."))
+    if is_factory:
+        tower, text, settings = read_factory(main, config)
+        text.chat_template = chat_template or text.chat_template
+        return JoinedLlava(tower, text, settings).write(writer, {"kind": "checkpoint of TinyLLaVA Factory"})
     if not config.get("mm_vision_tower"):
         if vision_tower is not None:
             raise ConversionError(
@@ -83,11 +106,8 @@ def convert_checkpoint(
         text = read_llava_family(main, config, tower)
         content = {"kind": f"checkpoint of the LLaVA family, from {config['architectures'][0]}"}
         text.chat_template = chat_template or text.chat_template
-
-        def build() -> tuple[PreTrainedConfig, ProcessorMixin]:
-            return build_llava(tower, text, config)
-
-        return write_model(writer, content, tower, text, LlavaForConditionalGeneration, build, make_identity)
+        family = JoinedLlavaNext if config.get("image_aspect_ratio") == "anyres" else JoinedLlava
+        return family(tower, text, config).write(writer, content)
 
     text, projector_type = read_llava(main, config)
     tower = read_tower(tower_source)
@@ -105,6 +125,7 @@ def convert_checkpoint(
 def _write_tower(writer: "CheckpointWriter", tower: Tower) -> ConversionReport:
     """Writes a tower alone, as a ConvNextModel with the image processor that its original comes with."""
     config = tower.config
+    check_counts(config, len(tower.source.tensors))
     with torch.device("meta"):
         shapes, _ = list_shapes(ConvNextModel(config), config)
     # The released towers lack the norm of the pooled output. With one they load without a warning.

@@ -1,4 +1,4 @@
-"""Joins a tower and a language model into one checkpoint.
+"""Joins a tower and a language model into one checkpoint: what all families share, and ConvLLaVA.
 
 Source of the original behaviour: alibaba/conv-llava, `llava/model/multimodal_encoder/convnext_encoder.py` (`add_stage`)
 and `llava/model/multimodal_projector/builder.py` (new modules are initialised by torch's defaults).
@@ -8,6 +8,7 @@ import copy
 import shutil
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,14 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from ..checkpoints.cards import list_image_tokens
 from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER
-from ..checkpoints.shapes import list_shapes
+from ..checkpoints.shapes import check_counts, list_shapes
 from ..checkpoints.weight_maps import VISION_TOWER, ConversionError
 from ..model.configuration_convllava import ConvLlavaConfig
 from ..model.image_processing_convllava import ConvLlavaImageProcessor
 from ..model.modeling_convllava import ConvLlavaForConditionalGeneration
 from ..model.processing_convllava import ConvLlavaProcessor
 from ..shipped import build_chat_template
-from .sources import LanguageModel, Tower
+from .sources import LanguageModel, Tower, describe_cause
 from .vocabulary import add_tokens, count_ids
 from .writer import CheckpointWriter, ConversionReport, check_stored, plan_weights
 
@@ -71,30 +72,129 @@ def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     )
 
 
-def write_convllava(
-    writer: "CheckpointWriter",
-    content: dict,
-    tower: Tower,
-    language: LanguageModel,
-    projector_type: str,
-    image_size: int,
-    fresh: tuple[str, ...] = (),
-) -> ConversionReport:
-    """Joins a ConvNeXt and a language model. Tensors whose names begin with one of `fresh` are initialised."""
+class JoinedModel:
+    """A tower and a language model on their way into one checkpoint. A family is a subclass: it says what the parts
+    make together (`build`), and where weights come from that neither has (`fresh`).
 
-    def build() -> tuple[PreTrainedConfig, ProcessorMixin]:
+    Args:
+        tower, language: the parts; both sources have the names that the new model stores.
+    """
+
+    model_class: type[PreTrainedModel]
+    code_files: tuple[str, ...] = ()
+
+    def __init__(self, tower: Tower, language: LanguageModel):
+        self.tower, self.language = tower, language
+
+    def build(self) -> tuple[PreTrainedConfig, ProcessorMixin]:
+        """Makes configuration and processor; the tokenizer has all its tokens by then."""
+        raise NotImplementedError
+
+    def fresh(self, name: str) -> Callable[[], torch.Tensor] | None:
+        """A function that makes a tensor that no source has, or `None` where there must be a source."""
+        return None
+
+    def save(self, folder: Path):
+        """Writes everything but the weights."""
+        for name in self.code_files:  # config.json names the code that lies beside it
+            shutil.copyfile(HUB_FOLDER / name, folder / name)
+        self.config.save_pretrained(folder)
+        _build_generation_config(self.language).save_pretrained(folder)
+        for transient in ("is_local", "local_files_only"):  # how the tokenizer was loaded is none of its settings
+            self.language.tokenizer.init_kwargs.pop(transient, None)
+        self.processor.save_pretrained(folder)
+
+    def check(self, folder: Path) -> list[str]:
+        """Loads what was saved, from the files alone, and compares the parts with each other."""
+        vocabulary, tokenizer = self.vocabulary, self.language.tokenizer
+        saved = type(self.config).from_pretrained(folder)
+        with torch.device("meta"):
+            check_stored(folder, self.model_class(saved), saved)
+        loaded = type(self.processor).from_pretrained(folder)
+        ids = {token: loaded.tokenizer.convert_tokens_to_ids(token) for token in vocabulary.added}
+        image_token = loaded.tokenizer.convert_tokens_to_ids(self.language.image_token)
+        sample = "A question. <image>\nAn answer.</s>And another."
+        for what, found, expected in (
+            ("new tokens", ids, vocabulary.added),
+            ("image_token_id", saved.image_token_id, image_token),
+            ("pad_token_id", saved.text_config.pad_token_id, loaded.tokenizer.pad_token_id),
+            ("padding_side", loaded.tokenizer.padding_side, "left"),
+            ("model_max_length", loaded.tokenizer.model_max_length, tokenizer.model_max_length),
+            ("number of tokens", len(loaded.tokenizer), len(tokenizer)),
+            ("vocab_size", saved.text_config.vocab_size, vocabulary.rows_after),
+            ("tokens of a sample", loaded.tokenizer(sample)["input_ids"], tokenizer(sample)["input_ids"]),
+            ("chat template", loaded.chat_template, tokenizer.chat_template),
+            ("image processor", loaded.image_processor.to_dict(), self.processor.image_processor.to_dict()),
+        ):
+            if found != expected:
+                raise ConversionError(f"{what}: read back as {found!r}, expected {expected!r}. Please report this.")
+        return ["the model has exactly these tensors", "configuration, tokenizer and processor load and agree"]
+
+    def write(self, writer: CheckpointWriter, content: dict) -> ConversionReport:
+        """Adds the tokens, plans every tensor and writes the checkpoint; `content` begins the report."""
+        language, tower = self.language, self.tower
+        self.vocabulary = vocabulary = add_tokens(language)
         tokenizer = language.tokenizer
+        # The tokenizer and the processor keep their template in one file.
+        tokenizer.chat_template = build_chat_template(tokenizer, language.chat_template, language.image_tag)
+        language.config.vocab_size = vocabulary.rows_after
+        language.config.pad_token_id = tokenizer.pad_token_id
+        try:
+            self.config, self.processor = self.build()
+            check_counts(self.config, len(language.source.tensors) + len(tower.source.tensors))
+            with torch.device("meta"):
+                self.model = self.model_class(self.config)
+        except ConversionError:
+            raise
+        except Exception as error:  # settings that do not fit together fail in every class in its own way
+            problem = f"{tower.source.name} and {language.source.name} make no model: {describe_cause(error)}"
+            raise ConversionError(f"{problem} Correct the config.json that it is in.") from error
+        sources = list(dict.fromkeys([language.source, tower.source]))
+        shapes, tied = list_shapes(self.model, self.config)
+        tensors, records = plan_weights(
+            shapes, sources, dtype=writer.dtype, vocabulary=vocabulary, fresh=self.fresh, tied=tied
+        )
+        for part in (self.config, self.config.text_config, self.config.vision_config):
+            part.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
+        self.config.architectures = [self.model_class.__name__]
+        content = {
+            **content,
+            "architecture": self.model_class.__name__,
+            "image_tokens": list_image_tokens(self.config),
+            "vocabulary": {
+                "rows_before": vocabulary.rows_before,
+                "rows_after": vocabulary.rows_after,
+                "added": vocabulary.added,
+            },
+        }
+        return writer.write(content, sources, tensors, records, self.save, self.check)
+
+
+class JoinedConvLlava(JoinedModel):
+    """A ConvNeXt and a language model. Tensors with names that begin with one of `fresh_names` come from `seed`."""
+
+    model_class = ConvLlavaForConditionalGeneration
+    code_files = HUB_FILES
+
+    def __init__(self, tower, language, projector_type: str, image_size: int, fresh_names: tuple[str, ...], seed: int):
+        super().__init__(tower, language)
+        self.projector_type, self.image_size = projector_type, image_size
+        self.fresh_names, self.seed = fresh_names, seed
+        tower.source.rename(VISION_TOWER)
+
+    def build(self) -> tuple[PreTrainedConfig, ProcessorMixin]:
+        tower, language, tokenizer = self.tower, self.language, self.language.tokenizer
         config = ConvLlavaConfig(
             vision_config=tower.config,
             text_config=language.config,
             image_token_id=tokenizer.convert_tokens_to_ids(language.image_token),
-            projector_type=projector_type,
+            projector_type=self.projector_type,
             vocab_padding=language.config.vocab_size - count_ids(tokenizer),
         )
-        config.num_image_tokens(image_size, image_size)
+        config.num_image_tokens(self.image_size, self.image_size)
         image_processor = ConvLlavaImageProcessor(
             image_aspect_ratio="pad",
-            size={"height": image_size, "width": image_size},
+            size={"height": self.image_size, "width": self.image_size},
             downsampling_factor=config.downsampling_factor,
             image_mean=tower.image_mean,
             image_std=tower.image_std,
@@ -109,104 +209,19 @@ def write_convllava(
         )
         return config, processor
 
-    def make(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
-        return (lambda: _make_fresh(model, name, content["seed"])) if name.startswith(fresh) else None
-
-    tower.source.rename(VISION_TOWER)
-    return write_model(writer, content, tower, language, ConvLlavaForConditionalGeneration, build, make)
+    def fresh(self, name: str) -> Callable[[], torch.Tensor] | None:
+        return partial(_make_fresh, self.model, name, self.seed) if name.startswith(self.fresh_names) else None
 
 
-def make_identity(model: PreTrainedModel, name: str) -> Callable[[], torch.Tensor] | None:
-    """The second layer of a projector that has one layer in the original."""
-    width = model.config.text_config.hidden_size
-    if model.config.projector_hidden_act == "linear" and name.startswith("multi_modal_projector.linear_2."):
-        return lambda: torch.eye(width) if name.endswith("weight") else torch.zeros(width)
-    return None
-
-
-def write_model(
-    writer: "CheckpointWriter",
+def write_convllava(
+    writer: CheckpointWriter,
     content: dict,
     tower: Tower,
     language: LanguageModel,
-    model_class: type[PreTrainedModel],
-    build: Callable[[], tuple[PreTrainedConfig, ProcessorMixin]],
-    fresh: Callable[[PreTrainedModel, str], Callable[[], torch.Tensor] | None],
+    projector_type: str,
+    image_size: int,
+    fresh: tuple[str, ...] = (),
 ) -> ConversionReport:
-    """Joins a tower and a language model.
-
-    Args:
-        writer, content, tower, language: the parts; both sources have the names that the new model stores.
-        model_class: class of the new model.
-        build: makes its configuration and processor, after the tokenizer has all its tokens.
-        fresh: gives for the model and a name that no source has a function that makes the tensor, or `None`.
-    """
-    vocabulary = add_tokens(language)
-    tokenizer = language.tokenizer
-    # The tokenizer and the processor keep their template in one file.
-    tokenizer.chat_template = build_chat_template(tokenizer, language.chat_template, language.image_tag)
-    language.config.vocab_size = vocabulary.rows_after
-    language.config.pad_token_id = tokenizer.pad_token_id
-    try:
-        config, processor = build()
-        with torch.device("meta"):
-            model = model_class(config)
-    except ValueError as error:
-        raise ConversionError(f"{tower.source.name} and {language.source.name} make no model: {error}") from error
-    generation_config = _build_generation_config(language)
-    sources = [language.source, tower.source]
-    shapes, tied = list_shapes(model, config)
-    tensors, records = plan_weights(
-        shapes,
-        sources,
-        dtype=writer.dtype,
-        vocabulary=vocabulary,
-        fresh=lambda name: fresh(model, name),
-        tied=tied,
-    )
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = next(tensor.dtype for tensor in tensors if tensor.name == language.embeddings)
-    config.architectures = [model_class.__name__]
-
-    def save(folder: Path):
-        if model_class is ConvLlavaForConditionalGeneration:  # config.json names the code that lies beside it
-            for name in HUB_FILES:
-                shutil.copyfile(HUB_FOLDER / name, folder / name)
-        config.save_pretrained(folder)
-        generation_config.save_pretrained(folder)
-        for transient in ("is_local", "local_files_only"):  # how the tokenizer was loaded is none of its settings
-            tokenizer.init_kwargs.pop(transient, None)
-        processor.save_pretrained(folder)
-
-    def check(folder: Path) -> list[str]:
-        """Loads what was saved, from the files alone, and compares the parts with each other."""
-        saved = type(config).from_pretrained(folder)
-        with torch.device("meta"):
-            check_stored(folder, model_class(saved), saved)
-        loaded = type(processor).from_pretrained(folder)
-        ids = {token: loaded.tokenizer.convert_tokens_to_ids(token) for token in vocabulary.added}
-        sample = "A question. <image>\nAn answer.</s>And another."
-        for what, found, expected in (
-            ("new tokens", ids, vocabulary.added),
-            ("image_token_id", saved.image_token_id, loaded.tokenizer.convert_tokens_to_ids(language.image_token)),
-            ("pad_token_id", saved.text_config.pad_token_id, loaded.tokenizer.pad_token_id),
-            ("padding_side", loaded.tokenizer.padding_side, "left"),
-            ("model_max_length", loaded.tokenizer.model_max_length, tokenizer.model_max_length),
-            ("number of tokens", len(loaded.tokenizer), len(tokenizer)),
-            ("vocab_size", saved.text_config.vocab_size, vocabulary.rows_after),
-            ("tokens of a sample", loaded.tokenizer(sample)["input_ids"], tokenizer(sample)["input_ids"]),
-            ("chat template", loaded.chat_template, tokenizer.chat_template),
-            ("image processor", loaded.image_processor.to_dict(), processor.image_processor.to_dict()),
-        ):
-            if found != expected:
-                raise ConversionError(f"{what}: read back as {found!r}, expected {expected!r}. Please report this.")
-        return ["the model has exactly these tensors", "configuration, tokenizer and processor load and agree"]
-
-    content["architecture"] = model_class.__name__
-    content["image_tokens"] = list_image_tokens(config)
-    content["vocabulary"] = {
-        "rows_before": vocabulary.rows_before,
-        "rows_after": vocabulary.rows_after,
-        "added": vocabulary.added,
-    }
-    return writer.write(content, sources, tensors, records, save, check)
+    """Joins a ConvNeXt and a language model. Tensors whose names begin with one of `fresh` are initialised."""
+    parts = JoinedConvLlava(tower, language, projector_type, image_size, fresh, content.get("seed", 0))
+    return parts.write(writer, content)

@@ -27,7 +27,9 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_json
+from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_index, read_json
+from ..checkpoints.shapes import check_counts
+from ..checkpoints.staging import find_replaced
 from ..checkpoints.weight_maps import (
     CONVLLAVA,
     CONVNEXT,
@@ -57,10 +59,11 @@ TOWER_MARKS = {
     "embeddings.patch_embeddings.weight": CONVNEXT,
     "convnext.embeddings.patch_embeddings.weight": CONVNEXT,
 }
+FINETUNED_FILES = ("adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """A repository that weights come from.
 
@@ -72,6 +75,8 @@ class Source:
         tensors: everything that it holds.
         targets: new name -> original name.
         dropped: original name -> reason.
+        also: other repositories that its tensors come from.
+        tokenizer_folder: where the tokenizer is, if not in `folder`.
     """
 
     role: str
@@ -82,6 +87,8 @@ class Source:
     targets: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     reader: CheckpointReader | None = None
+    also: list["Source"] = field(default_factory=list)
+    tokenizer_folder: Path | None = None
 
     def open(self):
         """Lists the tensors.
@@ -89,7 +96,8 @@ class Source:
         Raises:
             ConversionError: see `CheckpointReader`.
         """
-        self.reader = CheckpointReader(self.folder)
+        if self.reader is None:
+            self.reader = CheckpointReader(self.folder)
         self.tensors = self.reader.tensors
         self.targets = {name: name for name in self.tensors}
 
@@ -143,6 +151,7 @@ class LanguageModel:
         embeddings, head: names of the input table and of the output layer.
         chat_template: name of its template, if the original says.
         image_token: the placeholder; added to the tokenizer if it is not there.
+        cut_vocabulary: rows without a word are cut off, as the original's loader does.
         image_tag: what the template writes for an image, if more than the placeholder.
         finish_tokenizer: makes the last changes, when all tokens are there.
     """
@@ -155,6 +164,7 @@ class LanguageModel:
     chat_template: str | None = None
     image_token: str = "<image>"
     image_tag: str | None = None
+    cut_vocabulary: bool = False
     finish_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase] = lambda tokenizer: tokenizer
 
 
@@ -180,31 +190,51 @@ def find_source(name: str | Path, revision: str | None, role: str, fix: str) -> 
         return Source(role, folder.resolve().name, folder.resolve())
     name = str(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ConversionError(f"there is no folder {name!r} for the {role}, and it is no Hub id. {fix}")
+        old = find_replaced(folder)
+        hint = f"The model that was there before a run was killed is {old}; rename it. " if old else ""
+        raise ConversionError(f"there is no folder {name!r} for the {role}, and it is no Hub id. {hint}{fix}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.model", "*.txt"]))
         for file in WEIGHT_FILES:  # one format is enough
             files = [file]
             if file.endswith(".index.json"):
-                files = read_json(folder / file)["weight_map"].values() if (folder / file).is_file() else []
+                files = read_index(folder / file).values() if (folder / file).is_file() else []
             if files:
                 snapshot_download(name, revision=folder.name, allow_patterns=sorted({*map(str, files)}))
             if (folder / file).is_file():
                 break
+        else:  # what was trained on a base
+            snapshot_download(name, revision=folder.name, allow_patterns=list(FINETUNED_FILES))
     except Exception as error:  # errors of the Hub, of HTTP and of sockets have no common base
         raise ConversionError(
-            f"the {role} {name!r} is no folder here and cannot be fetched from the Hub: {_first_line(error)} {fix}"
+            f"the {role} {name!r} is no folder here and cannot be fetched from the Hub: {describe_cause(error)} {fix}"
         ) from error
     return Source(role, name, folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def describe_cause(error: Exception) -> str:
+    """What an error of a library says, in one line of bounded length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_settings(settings: dict, keys: Sequence[str]) -> dict:
-    """Those of `settings` that are named in `keys` and are set."""
-    return {key: settings[key] for key in keys if settings.get(key) is not None}
+def build_config(
+    config_class: type[PreTrainedConfig], settings: dict, keys: Sequence[str], source: "Source"
+) -> PreTrainedConfig:
+    """A configuration of those of `settings` that are named in `keys` and are set.
+
+    Raises:
+        ConversionError: a setting of a wrong type, or more layers than there are tensors.
+    """
+    if not isinstance(settings, dict):
+        raise ConversionError(f"config.json of {source.name} has {settings!r} for a configuration. Get it again.")
+    settings = {key: settings[key] for key in keys if settings.get(key) is not None}
+    try:
+        check_counts(settings, len(source.tensors))
+        return config_class(**settings)
+    except ConversionError as error:
+        raise ConversionError(f"config.json of {source.name}: {error}") from None
+    except Exception as error:  # every class checks in its own way
+        raise ConversionError(f"config.json of {source.name}: {describe_cause(error)} Get it again.") from error
 
 
 def read_tower(source: Source) -> Tower:
@@ -231,7 +261,7 @@ def read_tower(source: Source) -> Tower:
     source.rename(table)
     settings = read_json(source.folder / ("open_clip_config.json" if table is OPEN_CLIP_CONVNEXT else "config.json"))
     if table is CONVNEXT:
-        config = ConvNextConfig(**read_settings(settings, CONVNEXT_CONFIG_KEYS))
+        config = build_config(ConvNextConfig, settings, CONVNEXT_CONFIG_KEYS, source)
         return Tower(source, config, *read_clip_processor(source.folder / "preprocessor_config.json"))
     if table is OPEN_CLIP_CONVNEXT:
         vision = settings.get("model_cfg", {}).get("vision_cfg", {})
@@ -316,7 +346,7 @@ def read_llava(source: Source, config: dict) -> tuple[LanguageModel, str]:
             )
     source.open()
     source.rename(CONVLLAVA)
-    text_config = LlamaConfig(**read_settings(config, LLAMA_CONFIG_KEYS))
+    text_config = build_config(LlamaConfig, config, LLAMA_CONFIG_KEYS, source)
     limit = config.get("tokenizer_model_max_length")
     tokenizer = load_tokenizer(source, text_config, **({"model_max_length": limit} if limit else {}))
     model = LanguageModel(source, text_config, tokenizer, "model.language_model.embed_tokens.weight")
@@ -337,17 +367,20 @@ def read_causal_lm(source: Source) -> LanguageModel:
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        source.open()
+        check_counts(config, len(source.tensors))
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ConversionError as error:
+        raise ConversionError(f"{source.name}: {error}") from None
     except Exception as error:  # configurations of other kinds fail in their own ways
         raise ConversionError(
-            f"{source.name} is no causal language model that transformers knows: {_first_line(error)} Pass another "
+            f"{source.name} is no causal language model that transformers knows: {describe_cause(error)} Pass another "
             "--text."
         ) from error
     config._name_or_path = ""  # else the folder's path would be saved with the new model
     names = {id(module): name for name, module in causal.named_modules()}
     table = build_causal_lm_map(causal.base_model_prefix, names[id(causal.get_output_embeddings())])
-    source.open()
     source.rename(table)
     embeddings = table.rename(f"{names[id(causal.get_input_embeddings())]}.weight")
     return LanguageModel(source, config, load_tokenizer(source, config), embeddings)
@@ -361,7 +394,8 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreT
     tokens empty in `tokenizer_config.json`; those of `special_tokens_map.json` count then, as in transformers 4.28.
     """
     settings["padding_side"] = "left"  # only what is given here is saved again
-    files = [source.folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    folder = source.tokenizer_folder or source.folder
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if all(path.is_file() for path in files):
         written, mapped = map(read_json, files)
         for key in ("bos_token", "eos_token", "unk_token"):
@@ -370,10 +404,10 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, **settings) -> PreT
             if written.get(key) == "" and token:
                 settings[key] = token
     try:
-        if config.model_type == "llama" and (source.folder / "tokenizer.model").is_file():
-            return LlamaTokenizer.from_pretrained(source.folder, legacy=False, **settings)
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **settings)
+        if config.model_type in ("llama", "mistral") and (folder / "tokenizer.model").is_file():
+            return LlamaTokenizer.from_pretrained(folder, legacy=False, **settings)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
     except Exception as error:  # errors of sentencepiece, tokenizers and transformers have no common base
         raise ConversionError(
-            f"the tokenizer of {source.name} cannot be loaded: {_first_line(error)} Get its files again."
+            f"the tokenizer of {source.name} cannot be loaded: {describe_cause(error)} Get its files again."
         ) from error

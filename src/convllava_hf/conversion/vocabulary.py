@@ -70,7 +70,7 @@ def add_tokens(language: LanguageModel) -> Vocabulary:
     added = {token: number for token, number in ids.items() if token not in known}
     language.tokenizer = language.finish_tokenizer(tokenizer)
     # The LLaVA family's loader cuts the tables to the tokenizer's words. ConvLLaVA's has a row for each row of before.
-    kept = num_words if language.head.startswith("language_model.") else rows
+    kept = num_words if language.cut_vocabulary else rows
     rows_after = -(-max(kept, count_ids(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     tables = (language.embeddings, f"{language.head}.weight", f"{language.head}.bias")
     return Vocabulary(tables, num_words, added, rows, rows_after, kept)

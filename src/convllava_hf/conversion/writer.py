@@ -222,8 +222,9 @@ class CheckpointWriter:
             check: reads a folder back; returns what it found right.
         """
         for source in sources:
-            if self.output == source.folder or self.output in source.folder.parents:
-                raise ConversionError(f"{self.output} is, or holds, a source as well. Choose another --output.")
+            for part in (source, *source.also):
+                if self.output == part.folder or self.output in part.folder.parents:
+                    raise ConversionError(f"{self.output} is, or holds, a source as well. Choose another --output.")
         actions = Counter(record["action"] for record in records)
         num_read = sum(len(source.tensors) for source in sources)
         if num_read != sum(actions[key] for key in ACTIONS[:3]):
@@ -231,13 +232,14 @@ class CheckpointWriter:
                 f"{num_read} tensors were read, but {dict(actions)} accounted for. Please report this."
             )
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        to_check = num_bytes + sum(path.stat().st_size for source in sources for path in source.reader.files)
+        files = [path for source in sources for part in (source, *source.also) for path in part.reader.files]
+        to_check = num_bytes + sum(path.stat().st_size for path in files)
         with stage_output(self.output, num_bytes, self.force) as folder:
             with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="writing", disable=None) as progress:
                 files = write_checkpoint(folder, tensors, self.max_shard_size, progress)
             save(folder)
             with tqdm(total=to_check, unit="B", unit_scale=True, desc="checking", disable=None) as progress:
-                hashed = [source.describe(progress) for source in sources]
+                hashed = [part.describe(progress) for source in sources for part in (source, *source.also)]
                 for source in sources:
                     if (source.folder / DELTA_REPORT).is_file():
                         merged = read_json(source.folder / DELTA_REPORT)["sources"]

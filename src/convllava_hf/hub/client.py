@@ -2,17 +2,30 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import get_session
 
 from ..checkpoints.staging import NO_SPACE
 from ..checkpoints.weight_maps import ConversionError
 
 
-SECRET = re.compile(r"\bhf_(?:[A-Za-z0-9]{30,}|oauth_[\w.-]{20,})")  # an access token of the Hub
+# Forms of keys that their makers document; what looks like no key (a password) is not found.
+SECRETS = {
+    "a Hugging Face token": r"hf_(?:[A-Za-z0-9]{30,}|oauth_[\w.-]{20,})",
+    "an AWS key": r"(?:AKIA|ASIA|AGPA|AROA|AIDA)[A-Z0-9]{16}",
+    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{60,}",
+    "a GitLab token": r"glpat-[\w-]{20,}",
+    "an OpenAI or Anthropic key": r"sk-(?:ant-[\w-]{24,}|(?:proj|svcacct|admin)-[\w-]{24,}|[A-Za-z0-9]{40,})",
+    "a Google key": r"AIza[\w-]{35}",
+    "a Slack token": r"xox[abeoprs]-[A-Za-z0-9-]{20,}",
+    "a Weights & Biases key": r"(?i:wandb_?api_?key)\W{1,6}[0-9a-f]{40}",
+    "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----",
+}
+SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in SECRETS.values()))
 
 
 FIXES = {
@@ -33,10 +46,72 @@ class HubError(ValueError):
     """What keeps a checkpoint from being pushed or pulled, in one line, without any token."""
 
 
-def find_secret(text: str, token: str | None) -> bool:
-    """Whether a text holds what looks like an access token, or the one that is used."""
+def find_secret(content: str | bytes, token: str | None) -> str | None:
+    """Names what looks like a key in a text or in the bytes of a file.
+
+    Args:
+        content: bytes are read as UTF-8 and UTF-16, strings inside JSON also without their escapes.
+        token: that is used; it must not occur whatever it looks like.
+
+    Returns:
+        Such as `"a Hugging Face token"`, or `None`.
+    """
+    texts = [content] if isinstance(content, str) else [content.decode("latin-1")]
+    if isinstance(content, bytes):
+        if b"\0" in content:
+            texts += [content[start:].decode("utf-16-le", "ignore") for start in (0, 1)]
+            texts += [content[start:].decode("utf-16-be", "ignore") for start in (0, 1)]
+        texts += [texts[0].replace("\\\n", "").replace("\\\r\n", "")]
+    if any("\\" in text for text in texts):
+        texts += [re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text) for text in texts]
+        texts += [re.sub(r"\\x([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text) for text in texts]
+        texts += [text.replace("\\/", "/") for text in texts]
     used = [known.strip() for known in (token, get_token()) if known and len(known.strip()) > 8]
-    return bool(SECRET.search(text)) or any(known in text for known in used)
+    for text in texts:
+        if any(known in text for known in used):
+            return "the token that is used"
+        if SECRET.search(text):
+            return next(name for name, pattern in SECRETS.items() if re.search(pattern, text))
+    return None
+
+
+@contextmanager
+def guard_responses() -> Iterator[None]:
+    """Refuses answers of an endpoint that would lead huggingface_hub astray, while the block lasts: an ETag, which
+    names a file of the cache, that is no name of a file; a next page on another host, which would get the token."""
+
+    def check(response):
+        for header in ("etag", "x-linked-etag", "x-repo-commit"):
+            value = response.headers.get(header, "").removeprefix("W/").strip('"')
+            if not re.fullmatch(r"[\w.:+=-]*", value) or value in (".", ".."):
+                raise HubError(
+                    f"{response.request.url.host} sent the {header} {value[:80]!r}, which is no name of a file."
+                )
+        for link in re.findall(r"<([^>]*)>", response.headers.get("link", "")):
+            page = response.request.url.join(link)
+            here = response.request.url
+            if (page.scheme, page.host, page.port) != (here.scheme, here.host, here.port):
+                raise HubError(f"{here.host} sent a next page on another host, {page.host}.")
+
+    client = get_session()
+    before = client.event_hooks
+    client.event_hooks = {**before, "response": [*before.get("response", []), check]}
+    try:
+        yield
+    finally:
+        client.event_hooks = before
+
+
+def check_names(names: Iterable[str]):
+    """Refuses a listing of files that lie outside the repository.
+
+    Raises:
+        HubError: names the first of them.
+    """
+    for name in names:
+        parts = name.split("/")
+        if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            raise HubError(f"the Hub lists a file {name!r}, which is no name inside a repository; nothing was fetched.")
 
 
 def list_remote(api: HfApi, repo_id: str, revision: str, must_exist: bool = False) -> tuple[str | None, dict]:
@@ -44,7 +119,9 @@ def list_remote(api: HfApi, repo_id: str, revision: str, must_exist: bool = Fals
     try:
         commit = api.model_info(repo_id, revision=revision).sha
         tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-        return commit, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+        files = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+        check_names(files)
+        return commit, files
     except (RepositoryNotFoundError, RevisionNotFoundError):
         if must_exist:
             raise

@@ -1,43 +1,47 @@
 """Whether a checkpoint is whole and sound: everything is read, and no code that comes with it runs."""
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-import torch
 from PIL import Image
-from transformers import (
-    ConvNextConfig,
-    ConvNextModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedConfig,
-)
+from safetensors import safe_open
+from transformers import PreTrainedConfig
 
+from ..checkpoints.adapters import Adapter, is_adapter, read_adapter
 from ..checkpoints.code_files import find_foreign_code, list_code_files
-from ..checkpoints.reading import CheckpointReader, hash_file, read_json
+from ..checkpoints.reading import CheckpointReader, StoredTensor, hash_file, open_pickle, read_json
 from ..checkpoints.shapes import (
     BITSANDBYTES,
     HEADER_DTYPES,
+    compare_shapes,
     count_parameters,
     find_packed,
     find_quantization,
-    list_shapes,
+    find_relabelled,
 )
+from ..checkpoints.templates import render_chat_template
 from ..checkpoints.weight_maps import ConversionError
-from ..model.configuration_convllava import ConvLlavaConfig
-from ..model.modeling_convllava import ConvLlavaForConditionalGeneration
-from ..model.processing_convllava import ConvLlavaProcessor
 
 
+# Module and classes of each kind: configuration, model, processor. They are imported when they are needed.
+OURS = "convllava_hf.model"
 MODEL_CLASSES = {
-    "convllava": (ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaProcessor),
-    "llava": (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor),
-    "convnext": (ConvNextConfig, ConvNextModel, None),
+    "convllava": (
+        f"{OURS}.configuration_convllava.ConvLlavaConfig",
+        f"{OURS}.modeling_convllava.ConvLlavaForConditionalGeneration",
+        f"{OURS}.processing_convllava.ConvLlavaProcessor",
+    ),
+    "llava": ("transformers.LlavaConfig", "transformers.LlavaForConditionalGeneration", "transformers.LlavaProcessor"),
+    "llava_next": (
+        "transformers.LlavaNextConfig",
+        "transformers.LlavaNextForConditionalGeneration",
+        "transformers.LlavaNextProcessor",
+    ),
+    "convnext": ("transformers.ConvNextConfig", "transformers.ConvNextModel", None),
 }
 
 
@@ -53,7 +57,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     """Looks at everything in a checkpoint: tensors, values, tokenizer, template, code, hashes.
 
     Args:
-        folder: of a ConvLLaVA, of a `llava` of transformers, or of a ConvNeXt tower.
+        folder: of a ConvLLaVA, of a `llava` or `llava_next` of transformers, of a ConvNeXt tower, or of a PEFT adapter.
 
     Returns:
         The checks in order, those that found something wrong included.
@@ -62,6 +66,8 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         ConversionError: the folder has no configuration, or one of another kind of model or of quantisation.
     """
     folder = Path(os.path.expanduser(folder))
+    if is_adapter(folder):
+        return _check_adapter(folder)
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if "mm_vision_tower" in settings:
@@ -75,17 +81,9 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
             f"{folder} is quantised by {method}; expected whole weights, or {BITSANDBYTES}. Check the checkpoint that "
             "it was made of."
         )
-    config_class, model_class, processor_class = MODEL_CLASSES[kind]
-    checks: list[Check] = []
-
-    @contextmanager
-    def check(name: str) -> Iterator[Check]:
-        checks.append(Check(name))
-        try:
-            yield checks[-1]
-        except Exception as error:  # whatever a damaged file leads to is what is wrong with it
-            checks[-1].problem = " ".join(f"{error}".split())[:500] or type(error).__name__
-
+    config_class, model_class, processor_class = map(_import, MODEL_CLASSES[kind])
+    checks = Checks()
+    check = checks.add
     config = reader = processor = None
     with check("configuration is read"):
         config = config_class.from_pretrained(folder)
@@ -98,10 +96,12 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
             )
     if reader is not None and config is not None:
         with check("tensors have the names and shapes of the configuration") as found:
-            found.problem = _compare_shapes(reader, model_class, config)
+            found.problem = compare_shapes(reader, model_class, config)
     if reader is not None:
         with check("values are finite") as found:
             found.problem = _find_infinite(reader)
+        with check("values are of the dtype that they are stored as") as found:
+            found.problem = _find_relabelled(reader, settings)
     if processor_class is not None:
         with check("processor is read"):
             processor = processor_class.from_pretrained(folder, trust_remote_code=False)
@@ -116,37 +116,85 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
             found.problem = "; ".join(wrong) or None
     with check("configurations name no other code") as found:
         found.problem = find_foreign_code(folder)
-    # Saved anew in other shards, the hashes are of files that are gone.
-    report = read_json(folder / "conversion_report.json") if (folder / "conversion_report.json").is_file() else {}
-    files = report.get("files", [])
-    if files and all((folder / file["name"]).is_file() for file in files):
+    if (folder / "conversion_report.json").exists():
         with check("weight files have the hashes of conversion_report.json") as found:
-            found.problem = _compare_hashes(folder, files)
+            found.problem = _compare_hashes(folder)
     return checks
 
 
-def _compare_shapes(reader: CheckpointReader, model_class: type, config: PreTrainedConfig) -> str | None:
-    with torch.device("meta"):
-        model = model_class(config)
-    counts = count_parameters(reader.tensors)
-    stored = {name: reader.tensors[name].shape for name in counts}
-    expected, tied = list_shapes(model, config)
-    if not set(stored) & set(expected):  # transformers' llava under the names of its modules
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    for what, names in (("missing", set(expected) - set(stored)), ("unknown", set(stored) - set(expected))):
-        if names:
-            return f"{len(names)} tensor(s) are {what}, the first is {min(names)}"
-    packed, wrong = find_packed(reader.tensors), []
-    for name, shape in stored.items():
-        if name in packed:  # whole bytes, and whole numbers of the dtype that they are stored as
-            rest = counts[name] - math.prod(expected[name])
-            is_right = 0 <= rest < 2 * reader.tensors[name].dtype.itemsize
+def _import(name: str | None):
+    if name is None:
+        return None
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+class Checks(list[Check]):
+    """The checks so far."""
+
+    @contextmanager
+    def add(self, name: str) -> Iterator[Check]:
+        """A check that the block makes; an error in it is what is wrong."""
+        self.append(Check(name))
+        try:
+            yield self[-1]
+        except Exception as error:  # whatever a damaged file leads to is what is wrong with it
+            self[-1].problem = " ".join(f"{error}".split())[:500] or type(error).__name__
+
+
+def _check_adapter(folder: Path) -> list[Check]:
+    checks = Checks()
+    adapter = tensors = None
+    with checks.add("adapter configuration is read"):
+        adapter = read_adapter(folder)
+    if adapter is None:
+        return checks
+    with checks.add("weight file is whole") as found:
+        if adapter.weights.suffix == ".safetensors":
+            with safe_open(adapter.weights, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         else:
-            is_right = shape == expected[name]
-        if not is_right:
-            wrong.append(name)
-    if wrong:
-        return f"{wrong[0]} has the shape {list(stored[wrong[0]])}; expected {list(expected[wrong[0]])}"
+            tensors = open_pickle(adapter.weights)
+        found.problem = None if tensors else "it holds no tensors, so the adapter changes nothing"
+    if tensors:
+        with checks.add("values are finite") as found:
+            wrong = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+            found.problem = f"{len(wrong)} tensor(s) are not, the first is {wrong[0]}" if wrong else None
+        with checks.add("factors of a layer fit each other") as found:
+            found.problem = _compare_factors(tensors)
+    with checks.add("base model is named") as found:
+        found.problem = None if adapter.base else "base_model_name_or_path is empty; merge and push need --base"
+    if tensors and adapter.base and (Path(adapter.base) / "config.json").is_file():
+        with checks.add("the base has the layers that it changes") as found:
+            found.problem = _compare_base(adapter, tensors)
+    with checks.add("configurations name no other code") as found:
+        found.problem = find_foreign_code(folder)
+    return checks
+
+
+def _compare_factors(tensors: dict) -> str | None:
+    for name, tensor in tensors.items():
+        other = tensors.get(name.replace("lora_A", "lora_B")) if "lora_A.weight" in name else tensor
+        if other is None:
+            return f"{name} has no lora_B"
+        if "lora_A.weight" in name and other.shape[1] != tensor.shape[0]:
+            return f"{name} has the rank {tensor.shape[0]} and its lora_B {other.shape[1]}"
+    return None
+
+
+def _compare_base(adapter: Adapter, tensors: dict) -> str | None:
+    # Files may have older names of the same modules; their ends are the same.
+    stored = {
+        name: tensor.shape for name, tensor in CheckpointReader(Path(adapter.base), HEADER_DTYPES).tensors.items()
+    }
+    for name, tensor in tensors.items():
+        if "lora_A.weight" not in name:
+            continue
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        if layer in stored and stored[layer][-1] != tensor.shape[-1]:
+            return f"{layer} of {adapter.base} takes {stored[layer][-1]} inputs; {name} takes {tensor.shape[-1]}"
+        if layer not in stored and set(stored) & {"model.multi_modal_projector.linear_1.weight"}:
+            return f"{adapter.base} has no {layer}, which {name} changes"
     return None
 
 
@@ -162,6 +210,30 @@ def _find_infinite(reader: CheckpointReader) -> str | None:
     return f"{len(wrong)} tensor(s) hold values that are not finite, the first is {wrong[0]}" if wrong else None
 
 
+def _find_relabelled(reader: CheckpointReader, settings: dict) -> str | None:
+    packed = find_packed(reader.tensors)
+    weights = {name: reader.tensors[name] for name in count_parameters(reader.tensors) if name not in packed}
+    if find_quantization(settings) is None:
+        whole = [name for name, stored in weights.items() if not stored.dtype.is_floating_point]
+        if whole:
+            return f"{whole[0]} is stored as {_name(weights[whole[0]])}; expected a floating-point dtype"
+        named = settings.get("dtype") or settings.get("torch_dtype")
+        dtypes = {_name(stored) for stored in weights.values()}
+        if isinstance(named, str) and named not in dtypes:
+            return f"config.json says {named}; the weights are stored as {', '.join(sorted(dtypes))}"
+    found = [name for name in weights if find_relabelled(reader.read(name))]
+    matrices = [name for name, stored in weights.items() if len(stored.shape) > 1]
+    reader.close()
+    if len(found) > len(matrices) / 2:
+        written = find_relabelled(reader.read(found[0]))
+        return f"{len(found)} tensor(s) look like {written} read as {_name(weights[found[0]])}, the first is {found[0]}"
+    return None
+
+
+def _name(stored: StoredTensor) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
 def _check_tokenizer(processor, config: PreTrainedConfig) -> str | None:
     tokenizer = processor.tokenizer
     found = tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -173,18 +245,28 @@ def _check_tokenizer(processor, config: PreTrainedConfig) -> str | None:
 
 
 def _check_template(processor, config: PreTrainedConfig) -> str | None:
-    side = config.vision_config.image_size if config.model_type == "llava" else 128
-    content = [{"type": "image", "image": Image.new("RGB", (side, side))}, {"type": "text", "text": "What is it?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    side = config.vision_config.image_size if config.model_type != "convllava" else 128
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = render_chat_template(processor, [{"role": "user", "content": content}])
+    inputs = processor(text=text, images=Image.new("RGB", (side, side)))
     found = list(inputs["input_ids"][0]).count(config.image_token_id)
-    height, width = inputs["pixel_values"][0].shape[-2:]
-    is_convllava = config.model_type == "convllava"
-    expected = config.num_image_tokens(height, width) if is_convllava else config.image_seq_length
+    if config.model_type == "llava_next":  # the number depends on the tiles; the processor knows it
+        expected = processor._get_num_multimodal_tokens([(side, side)])["num_image_tokens"][0]
+    elif config.model_type == "convllava":
+        expected = config.num_image_tokens(*inputs["pixel_values"][0].shape[-2:])
+    else:
+        expected = config.image_seq_length
     return None if found == expected else f"an image gives {found} image tokens; expected {expected}"
 
 
-def _compare_hashes(folder: Path, files: list[dict]) -> str | None:
+def _compare_hashes(folder: Path) -> str | None:
+    files = read_json(folder / "conversion_report.json").get("files", [])
+    for file in files if isinstance(files, list) else [None]:
+        name = file.get("name") if isinstance(file, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or "sha256" not in file:
+            return "its list of files is not what convllava-hf writes; delete it"
+    # Saved anew in other shards, the hashes are of files that are gone.
+    if not all((folder / file["name"]).is_file() for file in files):
+        return None
     wrong = [file["name"] for file in files if hash_file(folder / file["name"]) != file["sha256"]]
     return f"{wrong[0]} was changed or damaged since the conversion" if wrong else None

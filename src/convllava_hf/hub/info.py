@@ -16,14 +16,15 @@ from typing import BinaryIO
 
 from huggingface_hub import HfApi, HfFileSystem, is_offline_mode, snapshot_download
 
-from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens
+from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_sources
 from ..checkpoints.code_files import list_code_files
-from ..checkpoints.reading import WEIGHT_FILES, read_json
+from ..checkpoints.reading import WEIGHT_FILES, read_index, read_json
 from ..checkpoints.shapes import BITSANDBYTES, count_parameters, find_quantization, read_header
 from ..checkpoints.weight_maps import ConversionError
 from ..shipped import CHAT_TEMPLATES
 from ..training.plans import PARTS
-from .client import explain_errors, list_remote
+from .client import explain_errors, guard_responses, list_remote
 
 
 # What `info` fetches of a repository; a tokenizer is megabytes and tells nothing here.
@@ -51,6 +52,7 @@ class CheckpointInfo:
         quantization: method, if the weights are quantised. By another one than bitsandbytes, `parts` has numbers as
             they are stored, which may be several weights each.
         stored_bytes: of the weights as they are.
+        base: of an adapter, Hub id or folder.
         memory: precision -> bytes of the weights alone.
         chat_template: name of the template, `"its own"` or `None`.
         recipe: that it was trained with, if its card says.
@@ -66,6 +68,7 @@ class CheckpointInfo:
     image_tokens: list[tuple[int, int, int]] = field(default_factory=list)
     quantization: str | None = None
     stored_bytes: int = 0
+    base: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
     chat_template: str | None = None
     recipe: str | None = None
@@ -84,11 +87,12 @@ class CheckpointInfo:
         what = "parameters" if self.memory else "numbers"
         rows = [
             ("kind", self.kind),
+            ("base", self.base),
             (what, f"{sum(self.parts.values()):,} in {self.tensors} tensors: {parts}"),
             ("stored as", dtypes),
             ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in self.memory.items())),
             ("images", ", ".join(f"{height}x{width}: {tokens} tokens" for height, width, tokens in self.image_tokens)),
-            ("template", self.chat_template or "none"),
+            ("template", self.chat_template or (None if self.base else "none")),
             ("recipe", self.recipe or "not recorded"),
             ("from", "; ".join(self.provenance) or "not recorded"),
         ]
@@ -125,16 +129,12 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"{source} is a folder; revision {revision!r} needs a Hub id. Leave it out.")
-        names = {path.name for path in folder.iterdir()}
-        return _describe(str(source), folder, names, lambda name: open(folder / name, "rb"))
+        return _describe_folder(str(source), folder)
     repo_id = str(source)
     if is_offline_mode():  # what is in the cache is a folder
         with explain_errors(f"looking at {repo_id}", token):
-            folder = Path(snapshot_download(repo_id, revision=revision))
-            return _describe(
-                repo_id, folder, {path.name for path in folder.iterdir()}, lambda n: open(folder / n, "rb")
-            )
-    with explain_errors(f"looking at {repo_id}", token):
+            return _describe_folder(repo_id, Path(snapshot_download(repo_id, revision=revision)))
+    with explain_errors(f"looking at {repo_id}", token), guard_responses():
         api = HfApi(token=token)
         commit, there = list_remote(api, repo_id, revision or "main", must_exist=True)
         folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=list(SMALL_FILES), token=token))
@@ -146,17 +146,31 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         return _describe(f"{repo_id} at {commit[:12]}", folder, set(there), open_remote)
 
 
+def _describe_folder(name: str, folder: Path) -> CheckpointInfo:
+    names = {path.name for path in folder.iterdir() if path.is_file()}  # opening a pipe would wait for ever
+    return _describe(name, folder, names, lambda file: open(folder / file, "rb"))
+
+
 def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str], BinaryIO]) -> CheckpointInfo:
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    is_original = "mm_vision_tower" in config
-    info = CheckpointInfo(name, f"{kind} ({', '.join(config.get('architectures') or ['no architecture named'])})")
-    if is_original:
-        info.kind = f"original format ({', '.join(config.get('architectures') or [])}), to be converted; tower: "
+    adapter = ADAPTER_CONFIG in names and not names & set(WEIGHT_FILES)
+    config = read_json(folder / (ADAPTER_CONFIG if adapter else "config.json"))
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    architectures = list(map(str, architectures)) if isinstance(architectures, list) else []
+    info = CheckpointInfo(name, f"{kind} ({', '.join(architectures or ['no architecture named'])})")
+    if adapter:
+        sizes = [f", {key} {config[key]}" for key in ("r", "lora_alpha") if config.get(key) is not None]
+        info.kind = f"PEFT adapter ({config.get('peft_type')}{''.join(sizes)})"
+        info.base = str(config.get("base_model_name_or_path") or "not named")
+    elif "mm_vision_tower" in config:
+        info.kind = f"original format ({', '.join(architectures)}), to be converted; tower: "
         info.kind += str(config["mm_vision_tower"])
         info.image_tokens = _guess_image_tokens(str(config["mm_vision_tower"]))
     elif kind in CONFIG_CLASSES:
-        info.image_tokens = list_image_tokens(CONFIG_CLASSES[kind].from_pretrained(folder))
+        try:
+            info.image_tokens = list_image_tokens(CONFIG_CLASSES[kind].from_pretrained(folder))
+        except Exception as error:  # settings of wrong types fail in every class in its own way
+            problem = " ".join(f"{error}".split())[:300] or type(error).__name__
+            raise ConversionError(f"{folder / 'config.json'} cannot be read: {problem}. Get it again.") from error
     tensors = {}
     for file in _list_weight_files(folder, names):
         with open_file(file) as content:
@@ -179,7 +193,7 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
     info.parts = {part: parts[part] for part in PARTS if parts[part]}
     total = sum(parts.values())
     info.stored_bytes = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
-    if info.quantization in (None, BITSANDBYTES):  # how others count is not known here
+    if info.quantization in (None, BITSANDBYTES) and not adapter:  # how others count is not known here
         info.memory = {
             key: round(small * quantized + large * (total - quantized)) for key, (small, large) in BYTES.items()
         }
@@ -191,7 +205,7 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
         report = read_json(folder / "conversion_report.json")
         info.provenance = [
             f"{part['role']} {part['name']}" + (f" at {part['revision'][:12]}" if part["revision"] else "")
-            for part in report.get("sources", [])
+            for part in read_sources(report)
         ]
     info.code = list_code_files(folder)
     return info
@@ -215,18 +229,20 @@ def _name_template(folder: Path) -> str | None:
         text = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not text:
         return None
+    if not isinstance(text, str):
+        return "its own"
     # The conversion writes settings of the checkpoint in front of a template.
     templates = {path.stem: path.read_text(encoding="utf-8").rstrip() for path in CHAT_TEMPLATES.glob("*.jinja")}
     return next((name for name, template in templates.items() if text.rstrip().endswith(template)), "its own")
 
 
 def _list_weight_files(folder: Path, names: set[str]) -> list[str]:
-    found = next((name for name in WEIGHT_FILES if name in names), None)
+    found = next((name for name in (*WEIGHT_FILES, *ADAPTER_WEIGHTS) if name in names), None)
     if found is None:
         raise ConversionError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}.")
     if not found.endswith(".json"):
         return [found]
-    files = sorted(set(read_json(folder / found).get("weight_map", {}).values()))
+    files = sorted(set(read_index(folder / found).values()))
     for file in files:
         if file not in names:
             raise ConversionError(f"{file} is missing; {found} lists it. Get the missing shard.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
 from ..checkpoints.staging import check_output, stage_output
-from .client import HubError, explain_errors, list_remote
+from .client import HubError, explain_errors, guard_responses, list_remote
 
 
 def pull_checkpoint(
@@ -35,8 +35,10 @@ def pull_checkpoint(
             The next call fetches what is missing.
         ConversionError: the same, of the folder `output`.
     """
-    with explain_errors(f"pulling {repo_id}", token):
+    with explain_errors(f"pulling {repo_id}", token), guard_responses():
         if output is None:
+            if not is_offline_mode():
+                list_remote(HfApi(token=token), repo_id, revision or "main", must_exist=True)
             folder = Path(snapshot_download(repo_id, revision=revision, token=token))
             if not is_offline_mode():
                 check_hashes(repo_id, folder.name, folder, {}, token)

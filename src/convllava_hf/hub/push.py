@@ -14,23 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
-from ..checkpoints.cards import build_folder_card, fill_repo_id, has_trainer_card
-from ..checkpoints.code_files import HUB_FOLDER, find_foreign_code, list_code_files
-from ..checkpoints.reading import CheckpointReader, describe_file, hash_file
-from ..checkpoints.staging import stage_output
-from ..checkpoints.writing import TensorToWrite, parse_size, write_checkpoint
+from ..checkpoints.adapters import ADAPTER_CONFIG, is_adapter, read_adapter
+from ..checkpoints.cards import build_folder_card, fill_repo_id, has_trainer_card, split_links
+from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER, find_foreign_code, list_code_files
+from ..checkpoints.reading import CheckpointReader, read_json
+from ..checkpoints.staging import MANIFEST, stage_output
+from ..checkpoints.writing import TensorToWrite, WrittenFile, parse_size, write_checkpoint
 from .client import HubError, explain_errors, find_secret, list_remote
 
 
 # What belongs to a checkpoint; logs, optimizer states, pickles and hidden files stay at home.
 PUBLISHED = (
-    *("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.yaml", "training_curve.png"),
+    *("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.yaml", "training_curves.png"),
     *("LICENSE*", "NOTICE*"),
 )
 
@@ -39,7 +42,7 @@ NOT_PUBLISHED = ("trainer_state.json", ".*")
 
 
 # Weights and code of an earlier push, which would be mixed with the new ones.
-REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "*.py")
+REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", *HUB_FILES)
 
 
 @dataclass
@@ -51,6 +54,7 @@ class PushReport:
         url: of the commit or of the pull request; `None` for a dry run, and where nothing changes.
         changes: file -> (`"new"`, `"changed"`, `"unchanged"` or `"deleted"`, bytes).
         left_out: files of the folder that are not published.
+        other_code: code at the top of the repository that is not this package's and stays there.
     """
 
     repo_id: str
@@ -58,12 +62,15 @@ class PushReport:
     url: str | None = None
     changes: dict[str, tuple[str, int]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    other_code: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A line per file and one for the whole."""
         lines = [f"  {change:9} {size:>15,}  {name}" for name, (change, size) in sorted(self.changes.items())]
         if self.left_out:
             lines.append(f"  left out: {', '.join(self.left_out)}")
+        if self.other_code:
+            lines.append(f"  stays in the repository: {', '.join(self.other_code)} (--delete-other-code deletes it)")
         sizes = [size for change, size in self.changes.values() if change in ("new", "changed")]
         total = f"{len(sizes)} file(s), {sum(sizes) / 1e9:.3f} GB, to {self.repo_id} at {self.revision}"
         if all(change == "unchanged" for change, _ in self.changes.values()):
@@ -82,6 +89,8 @@ def push_checkpoint(
     create_pr: bool = False,
     message: str | None = None,
     shard_size: int | str | None = None,
+    base: str | None = None,
+    delete_other_code: bool = False,
     dry_run: bool = False,
     token: str | None = None,
 ) -> PushReport:
@@ -99,6 +108,8 @@ def push_checkpoint(
         message: title of the commit.
         shard_size: write the weights anew, in files of so many bytes or such as `"5GB"`, beside the folder. Default: as
             they are.
+        base: Hub id that an adapter shall name as its base. Default: what it names.
+        delete_other_code: delete `*.py` at the top of the repository that are not this package's.
         dry_run: only find out what would change.
         token: of the Hub. Default: that of `hf auth login`.
 
@@ -116,34 +127,44 @@ def push_checkpoint(
         )
     size = None if shard_size is None else parse_size(shard_size)
     api = HfApi(token=token)
-    if message and find_secret(message, token):
-        raise HubError("the message holds an access token; nothing was sent. Revoke it if it is used.")
-    with explain_errors(f"pushing to {repo_id}", token), shard_weights(folder, size) as weights:
+    if message and (kind := find_secret(message, token)):
+        raise HubError(f"the message holds {kind}; nothing was sent. Revoke it if it is used.")
+    if size is not None and is_adapter(folder):
+        raise HubError(f"{folder} is an adapter, which has one weight file. Leave --shard-size out.")
+    with explain_errors(f"pushing to {repo_id}", token), shard_weights(folder, size) as (weights, written):
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        files, left_out = collect_files(folder, repo_id, token)
+        files, left_out = collect_files(folder, repo_id, token, base)
         if weights is not None:
             files = {name: file for name, file in files.items() if not fnmatch(name, "*.safetensors*")}
-            files |= {path.name: path for path in sorted(weights.iterdir())}
+            files |= {path.name: path for path in sorted(weights.iterdir()) if not path.name.startswith(".")}
             if "conversion_report.json" in files:
-                files["conversion_report.json"] = describe_files(files["conversion_report.json"], weights)
+                files["conversion_report.json"] = describe_files(files["conversion_report.json"], written)
         branch = revision or "main"
         report = PushReport(repo_id, branch, left_out=left_out)
         if not dry_run:
+            validate_card(files.get("README.md"))  # else a refused card would leave an empty repository
             api.create_repo(repo_id, private=private, exist_ok=True)
         parent, there = list_remote(api, repo_id, branch)
+        if parent is None and branch != "main":  # a new branch starts with what main holds
+            if not dry_run:
+                api.create_branch(repo_id, branch=branch)
+            parent, there = list_remote(api, repo_id, "main" if dry_run else branch)
+        operations = []
         for name, file in files.items():
-            change = "new" if name not in there else "changed" if differs(file, there[name]) else "unchanged"
+            change, operation = compare_file(name, file, there.get(name), dry_run)
             report.changes[name] = (change, len(file) if isinstance(file, bytes) else file.stat().st_size)
-        stale = [name for name in there if name not in files and "/" not in name]
-        deleted = [name for name in stale if any(fnmatch(name, rule) for rule in REPLACED)]
+            if change != "unchanged":
+                operations.append(operation)
+        others = [name for name in there if name not in files and "/" not in name]
+        code = [name for name in others if name.endswith(".py") and name not in HUB_FILES]
+        deleted = [name for name in others if any(fnmatch(name, rule) for rule in REPLACED)]
+        deleted += code if delete_other_code else []
+        report.other_code = [] if delete_other_code else code
         report.changes |= {name: ("deleted", there[name].size) for name in deleted}
-        if dry_run or (parent and all(change == "unchanged" for change, _ in report.changes.values())):
+        operations = [*map(CommitOperationDelete, deleted), *operations]
+        if dry_run or not operations:
             return report
-        if parent is None and branch != "main":
-            api.create_branch(repo_id, branch=branch)
-        operations = [CommitOperationDelete(name) for name in deleted]
-        operations += [CommitOperationAdd(name, file) for name, file in files.items()]
         commit = api.create_commit(
             repo_id,
             operations,
@@ -156,57 +177,83 @@ def push_checkpoint(
     return report
 
 
-def describe_files(report: Path, weights: Path) -> bytes:
+def compare_file(
+    name: str, file: Path | bytes, remote: RepoFile | None, dry_run: bool
+) -> tuple[str, CommitOperationAdd | None]:
+    """What would happen to a file of the repository, and what does it: `None` where nothing is to be sent.
+
+    The operation hashes the file when it is made, so a weight file is hashed once.
+    """
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if remote is None or remote.size != size:
+        return "new" if remote is None else "changed", None if dry_run else CommitOperationAdd(name, file)
+    operation = CommitOperationAdd(name, file)
+    if remote.lfs is not None:
+        same = operation.upload_info.sha256.hex() == remote.lfs.sha256
+    else:  # the id that git gives it
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        same = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
+    return ("unchanged", None) if same else ("changed", operation)
+
+
+def validate_card(card: Path | bytes | None) -> None:
+    """Lets the Hub check the metadata of a card before a repository is made for it."""
+    if card is not None:
+        text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+        try:
+            ModelCard(text, ignore_metadata_errors=True).validate(repo_type="model")
+        except ValueError as error:
+            raise HubError(describe_bad_card(error)) from error
+
+
+def describe_files(report: Path, written: list[WrittenFile]) -> bytes:
     """A conversion report with other weight files in it."""
-    content = json.loads(report.read_text(encoding="utf-8"))
-    content["files"] = [describe_file(path) for path in sorted(weights.glob("*.safetensors"))]
+    content = read_json(report)
+    content["files"] = [file.describe() for file in written]
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def collect_files(folder: Path, repo_id: str, token: str | None = None) -> tuple[dict[str, Path | bytes], list[str]]:
+def collect_files(
+    folder: Path, repo_id: str, token: str | None = None, base: str | None = None
+) -> tuple[dict[str, Path | bytes], list[str]]:
     """Chooses what to publish of a folder.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint or of a PEFT adapter.
         repo_id: for the card.
-        token: that must not be in any file, beside all that look like one.
+        token: that must not be in any file, beside all that looks like one.
+        base: Hub id that an adapter shall name as its base.
 
     Returns:
         File name -> path, or content where it is not the folder's; and the names of what is left out.
 
     Raises:
-        HubError: it is no checkpoint, its weights are no safetensors, or it holds code that is not this package's, an
-            access token, or a card that cannot be read.
+        HubError: it is no checkpoint, its weights are no safetensors, or it holds code that is not this package's, a
+            key, a link that leads out of it, or a card that cannot be read.
         ConversionError: weights are missing or damaged.
     """
-    if not (folder / "config.json").is_file():
+    if is_adapter(folder):
+        weights = [read_adapter(folder).weights]
+    elif (folder / "config.json").is_file():
+        weights = CheckpointReader(folder).files
+    else:
         raise HubError(f"{folder} has no config.json; expected the folder of a checkpoint. Pass another folder.")
-    reader = CheckpointReader(folder)
-    if pickles := [path.name for path in reader.files if path.suffix != ".safetensors"]:
+    if pickles := [path.name for path in weights if path.suffix != ".safetensors"]:
         raise HubError(
             f"{folder} holds its weights in {pickles[0]}, a pickle; only safetensors are pushed. Load and save it with "
             "save_pretrained, or use `convllava convert`."
         )
     files, left_out = {}, []
+    is_single = (folder / "model.safetensors").is_file()
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch(path.name, rule) for rule in PUBLISHED)
-        wanted = wanted and (path.suffix != ".safetensors" or path in reader.files)  # no other set of weights
-        is_single = (folder / "model.safetensors").is_file()
+        wanted = wanted and (path.suffix != ".safetensors" or path in weights)  # no other set of weights
         wanted = wanted and not (is_single and path.name == "model.safetensors.index.json")
         if path.is_file() and wanted and not any(fnmatch(path.name, rule) for rule in NOT_PUBLISHED):
+            check_link(path)
             files[path.name] = path
-        else:
+        elif path.name != MANIFEST:
             left_out.append(path.name + "/" * path.is_dir())
-    for name, path in files.items():
-        if name.endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                text = json.dumps(file.metadata() or {})
-        else:
-            text = "" if name.endswith((".model", ".png")) else path.read_text("utf-8", "replace")
-        if find_secret(text, token):
-            raise HubError(
-                f"{path} holds an access token; nothing was sent. Remove it there, and revoke it if it is used."
-            )
     code = list_code_files(folder)
     if changed := [name for name, state in code.items() if state in ("modified", "unknown")]:
         raise HubError(
@@ -221,6 +268,8 @@ def collect_files(folder: Path, repo_id: str, token: str | None = None) -> tuple
     except yaml.YAMLError as error:
         raise HubError(describe_bad_card(error)) from error
     card = (folder / "README.md").read_text(encoding="utf-8") if own else build_folder_card(folder)
+    if is_adapter(folder):
+        files[ADAPTER_CONFIG], card = name_base(folder, card, base)
     filled = fill_repo_id(card, repo_id)
     try:
         ModelCard(filled)  # raises on metadata that cannot be read, before anything is sent
@@ -228,7 +277,54 @@ def collect_files(folder: Path, repo_id: str, token: str | None = None) -> tuple
         raise HubError(describe_bad_card(error)) from error
     if not own or filled != card:
         files["README.md"] = filled.encode()
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            with safe_open(content, "pt") as file:
+                content = json.dumps([file.metadata() or {}, list(file.keys())])
+        if kind := find_secret(content.read_bytes() if isinstance(content, Path) else content, token):
+            raise HubError(
+                f"{folder / name} holds {kind}; nothing was sent. Remove it there, and revoke it if it is used."
+            )
     return files, left_out
+
+
+def check_link(path: Path):
+    """Refuses a link that leads out of its folder; in the cache of the Hub, out of that of the repository.
+
+    Raises:
+        HubError: names the link.
+    """
+    folder = path.parent.resolve()
+    if folder.parent.name == "snapshots":
+        folder = folder.parents[1]
+    target = path.resolve()
+    if folder not in target.parents:
+        raise HubError(
+            f"{path} is a link to {target}, out of the folder; put the file itself there, or delete the link."
+        )
+
+
+def name_base(folder: Path, card: str, base: str | None) -> tuple[Path | bytes, str]:
+    """The configuration and the card of an adapter with the Hub id of its base in them.
+
+    Raises:
+        HubError: the base is a folder of this machine, and no id was given in its place.
+    """
+    adapter = read_adapter(folder)
+    linked, _ = split_links(base or adapter.base, folder)
+    if not linked:
+        raise HubError(
+            f"{folder / ADAPTER_CONFIG} names the base {adapter.base!r}, which others cannot load; push it first, and "
+            "name it with --base OWNER/NAME."
+        )
+    if base is None:
+        return folder / ADAPTER_CONFIG, card
+    settings = {**adapter.settings, "base_model_name_or_path": base}
+    for name in split_links(adapter.base, folder)[1]:
+        card = card.replace(f'"{name}"', f'"{base}"').replace(f"`{name}`", f"`{base}`")
+    changed = ModelCard(card)
+    changed.data.base_model = base
+    return (json.dumps(settings, indent=2) + "\n").encode(), str(changed)
 
 
 def describe_bad_card(error: Exception) -> str:
@@ -236,40 +332,22 @@ def describe_bad_card(error: Exception) -> str:
 
 
 @contextmanager
-def shard_weights(folder: Path, shard_size: int | None) -> Iterator[Path | None]:
-    """Writes the weights of a checkpoint anew, in other shards, into a folder that lasts as long as the block.
-
-    Args:
-        folder: of the checkpoint.
-        shard_size: bytes per file. `None`: nothing is written.
-
-    Yields:
-        The folder with the weights, or `None`.
-    """
+def shard_weights(folder: Path, shard_size: int | None) -> Iterator[tuple[Path | None, list[WrittenFile]]]:
+    """Writes the weights of a checkpoint anew, in files of `shard_size` bytes, into a folder that lasts as long as the
+    block. Gives the folder and the files, or `None` and nothing where there is no size."""
     if shard_size is None:
-        yield None
+        yield None, []
         return
     reader = CheckpointReader(folder)
-
-    def load(name: str):
-        return lambda: reader.read(name)
-
-    tensors = [TensorToWrite(name, stored.shape, stored.dtype, load(name)) for name, stored in reader.tensors.items()]
+    tensors = [
+        TensorToWrite(name, stored.shape, stored.dtype, partial(reader.read, name))
+        for name, stored in reader.tensors.items()
+    ]
     shards = folder.parent / f".{folder.name}.shards-{secrets.token_hex(4)}"
     with stage_output(shards, sum(tensor.num_bytes for tensor in tensors), force=False) as staging:
-        write_checkpoint(staging, tensors, shard_size)
+        written = write_checkpoint(staging, tensors, shard_size)
     try:
-        yield shards
+        yield shards, written
     finally:
         reader.close()
         shutil.rmtree(shards, ignore_errors=True)
-
-
-def differs(file: Path | bytes, remote) -> bool:
-    """Whether a file is another than that on the Hub, told by size and hash."""
-    if remote.size != (len(file) if isinstance(file, bytes) else file.stat().st_size):
-        return True
-    if remote.lfs is not None and isinstance(file, Path):
-        return hash_file(file) != remote.lfs.sha256
-    content = file if isinstance(file, bytes) else file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != remote.blob_id  # the id that git gives it

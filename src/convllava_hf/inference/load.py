@@ -3,8 +3,10 @@
 import importlib.util
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -15,6 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checkpoints.shapes import find_relabelled
+from ..checkpoints.staging import find_replaced
 from .runtime import load_export
 
 
@@ -66,6 +70,10 @@ def load(
         model = local
     elif local.is_file():
         raise NotADirectoryError(f"{str(model)!r} is a file; expected the folder of a checkpoint, or a Hub id.")
+    elif old := find_replaced(local):
+        raise FileNotFoundError(
+            f"there is no folder {str(local)!r}; {old} was there before a run was killed. Rename it."
+        )
     elif local.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"there is no folder {str(local)!r}.")
     if runtime is not None:
@@ -105,8 +113,32 @@ def load(
             bnb_4bit_compute_dtype=_get_stored_dtype(stored) if dtype == "auto" else dtype,
             llm_int8_skip_modules=UNQUANTIZED_MODULES,
         )
-    model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map, **source, **options)
-    return model.eval(), processor
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=dtype, device_map=device_map, **source, **options
+        )
+    except (SafetensorError, UnpicklingError) as error:  # neither is an error of the system or of a value
+        problem = " ".join(str(error).split())[:300]
+        raise OSError(f"the weights of {str(model)!r} cannot be read: {problem}") from error
+    if found := _find_unusable(loaded):
+        raise ValueError(
+            f"the weights of {str(model)!r} are damaged: {found}. `convllava doctor` looks at all of them."
+        )
+    return loaded.eval(), processor
+
+
+def _find_unusable(model: PreTrainedModel) -> str | None:
+    """Looks for weights that no answer can come of: not finite, or written as another dtype than they are read as."""
+    relabelled = 0
+    matrices = [parameter for parameter in model.parameters() if parameter.is_floating_point() and parameter.ndim > 1]
+    for name, parameter in model.named_parameters():
+        # A sum is not finite where a number is not; of what is quantised or elsewhere nothing is known.
+        if parameter.is_floating_point() and not parameter.is_meta:
+            if not parameter.detach().sum(dtype=torch.float32).isfinite():
+                return f"{name} holds values that are not finite"
+    for parameter in matrices:
+        relabelled += not parameter.is_meta and find_relabelled(parameter.detach()) is not None
+    return "their numbers look like those of another 16-bit dtype" if relabelled > len(matrices) / 2 else None
 
 
 def _choose_device_map(device: str | torch.device | None) -> str | dict[str, torch.device]:

@@ -1,0 +1,54 @@
+"""What `info` and `doctor` load: a list of modules, since a time depends on the machine."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_checkpoint import save_tiny_checkpoint
+
+
+# Each takes a second or more, and tells nothing about a checkpoint.
+HEAVY = ["peft", "trl", "datasets", "accelerate.utils", "sklearn", "scipy", "pandas", "matplotlib", "gradio", "sympy"]
+MODELLING = ["timm", "torchvision", "transformers.models.timm_wrapper.modeling_timm_wrapper", "transformers.trainer"]
+
+RUN = """
+import json, sys
+sys.argv = ["convllava", *sys.argv[1:]]
+from convllava_hf.cli.app import app
+try:
+    app()
+except SystemExit as stop:
+    code = stop.code
+print(json.dumps([code, sorted(sys.modules)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+def list_modules(command: str, folder) -> set[str]:
+    import json
+
+    done = subprocess.run([sys.executable, "-c", RUN, command, str(folder)], capture_output=True, text=True)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    return set(modules)
+
+
+def test_info_builds_no_model(tiny):
+    modules = list_modules("info", tiny)
+    ours = {name for name in modules if name.startswith("convllava_hf.")}
+    assert not modules & {*HEAVY, *MODELLING}
+    assert not ours & {
+        "convllava_hf.model.modeling_convllava",
+        "convllava_hf.registration",
+        "convllava_hf.training.run",
+    }
+
+
+def test_doctor_loads_the_classes_of_one_model(tiny):
+    modules = list_modules("doctor", tiny)
+    assert not modules & {*HEAVY, "timm", "transformers.models.timm_wrapper.modeling_timm_wrapper"}
+    assert not {name for name in modules if name.startswith("transformers.models.llava.modeling")}

@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-floor quality style clean stale
+.PHONY: help install quickstart demo test test-slow test-floor quality style clean stale
 .DELETE_ON_ERROR:
 
 help:  ## list the targets and the variables
@@ -53,6 +53,11 @@ install: $(READY)  ## create the environment and install the package into it, ed
 
 quickstart: $(READY)  ## train and test a tiny model from nothing; writes into quickstart/
 	$(PY) examples/quickstart/run.py --output quickstart $(ARGS)
+
+demo:  ## a page to ask the quickstart's model in a browser
+	@test -d quickstart/checkpoint || { echo "make quickstart first: it trains the model that the page shows" >&2; exit 1; }
+	$(MAKE) install EXTRAS=dev,demo
+	$(PY) -c "from convllava_hf.cli.app import app; app()" demo quickstart/checkpoint $(ARGS)
 
 test: $(READY)  ## the default tests: offline, on a CPU, with the newest versions
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

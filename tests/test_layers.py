@@ -25,7 +25,7 @@ FLOORS = (
     ("registration", "inference"),
     ("conversion", "data", "training"),
     ("hub",),
-    ("evaluation", "export"),
+    ("evaluation", "serving", "export"),
     ("cli",),
     ("__init__",),
 )
@@ -33,7 +33,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Checkpoints carry the hub files to places that have transformers and little else. numpy and huggingface_hub are
 # requirements of transformers itself.
 HUB_FILE_PACKAGES = {"torch", "torchvision", "PIL", "transformers", "numpy", "huggingface_hub"}
-ONLY_IMPORTER = {"trl": "training"}
+ONLY_IMPORTER = {"trl": "training", "gradio": "serving.demo"}
 # What a command line may load before it knows which command runs.
 COMMAND_PACKAGES = {"typer", "click", "rich"}
 

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 NAME = "convllava-hf"
-EXTRAS = {"train", "demo", "eval", "flash-attn", "quantization", "serving", "onnx", "openvino", "gguf", "dev"}
+EXTRAS = {"train", "demo", "eval", "flash-attn", "quantization", "serving", "ray", "onnx", "openvino", "gguf", "dev"}
 # Import names that differ from the names of their distributions.
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "yaml": "pyyaml"}
 # transformers requires these itself and fixes their versions better than we could.
@@ -118,7 +118,7 @@ def test_installed_versions_are_supported(setup_cfg):
     [
         ("src", EXTRAS - {"dev"}),
         ("tests", EXTRAS),
-        ("examples", {"dev"}),
+        ("examples", {"dev", "ray"}),
         ("benchmarks", EXTRAS),
     ],
 )

@@ -7,13 +7,16 @@ cell of `downsampling_factor` pixels a side.
 Notation: `H, W` pixels.
 """
 
+import asyncio
 import base64
 import binascii
 import math
 import os
-import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -95,23 +98,41 @@ def _name_image(source) -> str:
 
 
 def _download(url: str, name: str, timeout: float) -> bytes:
-    """Fetches a URL with limits on time and size; raises ImageError."""
-    deadline = time.monotonic() + timeout
-    data = bytearray()
-    headers = {"User-Agent": f"convllava-hf/{__version__}"}  # some hosts refuse the client's own
+    """Fetches a URL with one deadline for all of it and a limit on size; raises ImageError."""
+    done = Future()
+
+    def run():
+        try:
+            # Redirects, headers and body may each drip for ever; cancelling the task ends it wherever it waits.
+            done.set_result(asyncio.run(asyncio.wait_for(_read_url(url, name), timeout)))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # In a thread, as the caller may have an event loop of its own. It is a daemon because looking a name up, which
+    # cannot be cancelled, must not hold the program.
+    Thread(target=run, name="convllava-download", daemon=True).start()
     try:
-        with httpx.stream("GET", url, timeout=timeout, follow_redirects=True, headers=headers) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > MAX_DOWNLOAD_BYTES:
-                    raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; pass a path")
-                if time.monotonic() > deadline:
-                    raise ImageError(f"{name}: the download took longer than {timeout:g} seconds")
+        return done.result(timeout + 1)
+    except (TimeoutError, asyncio.TimeoutError, FutureTimeout) as error:  # noqa: UP041 -- three classes in Python 3.10
+        raise ImageError(f"{name}: the download took longer than {timeout:g} seconds") from error
     except httpx.HTTPStatusError as error:
         raise ImageError(f"{name}: HTTP status {error.response.status_code}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageError(f"{name}: cannot be fetched ({error or type(error).__name__})") from error
+
+
+async def _read_url(url: str, name: str) -> bytes:
+    headers = {"User-Agent": f"convllava-hf/{__version__}"}  # some hosts refuse the client's own
+    data = bytearray()
+    async with (
+        httpx.AsyncClient(timeout=None, follow_redirects=True, headers=headers) as client,
+        client.stream("GET", url) as response,
+    ):
+        response.raise_for_status()
+        async for chunk in response.aiter_bytes():
+            data += chunk
+            if len(data) > MAX_DOWNLOAD_BYTES:
+                raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES // 2**20} MiB; pass a path")
     return bytes(data)
 
 

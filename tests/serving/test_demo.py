@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,10 @@ def test_a_visitor_uploads_asks_and_reads(browser, model, server, pictures, tmp_
 
     pictures[0].save(tmp_path / "photo.png")
     page_server = build_page([model])
-    launch_page(page_server, "127.0.0.1", 0, block=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch_page(page_server, "127.0.0.1", port, block=False)
     request.addfinalizer(page_server.close)
     expected = answer(server.model, server.processor, "What is this?", [pictures[0]], max_new_tokens=64)
 

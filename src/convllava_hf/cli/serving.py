@@ -134,7 +134,7 @@ def demo(
         str, typer.Option(metavar="KEY", envvar="CONVLLAVA_API_KEY", show_envvar=True, help="Key of --server.")
     ] = "",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port to listen on.")] = 7860,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,

@@ -273,6 +273,19 @@ def server(photo):
                 self.send_header("Location", "/photo.png")
                 self.end_headers()
                 return
+            if self.path == "/redirects":
+                time.sleep(0.1)
+                self.send_response(302)
+                self.send_header("Location", "/redirects")
+                self.end_headers()
+                return
+            if self.path == "/drips":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+                return
             found = self.path in ("/photo.png", "/page", "/slow")
             self.send_response(200 if found else 404)
             self.end_headers()
@@ -307,6 +320,11 @@ def test_what_a_server_cannot_give_is_refused_by_name(server, monkeypatch):
         load_image(server + "/page")
     with pytest.raises(ImageError, match="/slow: the download took longer than 0.2 seconds"):
         load_image(server + "/slow", timeout=0.2)
+    for path in ("/redirects", "/drips"):  # each step of them is quick
+        started = time.monotonic()
+        with pytest.raises(ImageError, match=f"{path}: the download took longer than 0.3 seconds"):
+            load_image(server + path, timeout=0.3)
+        assert time.monotonic() - started < 3
     with pytest.raises(ImageError, match="127.0.0.1:9/x.png: cannot be fetched"):
         load_image("http://127.0.0.1:9/x.png")
     monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 1000)

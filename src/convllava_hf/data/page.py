@@ -118,7 +118,8 @@ def render_page(
     body = [f"<h1>{html.escape(title)}</h1><p class='text'>{legend}</p>"]
     for split, number, row in rows:
         try:
-            images = [decode_image(image) for image in row["images"] or []]
+            original_rgb = getattr(getattr(processor, "image_processor", None), "original_rgb", False)
+            images = [decode_image(image, original_rgb) for image in row["images"] or []]
         except ValueError as error:
             raise ValueError(f"{split}, row {number}: {error}; see `convllava data check`.") from error
         text, counts = render_tokens(row, images, processor) if processor else (render_messages(row), "")

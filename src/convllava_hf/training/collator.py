@@ -74,7 +74,9 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
         if not set(COLUMNS) & example.keys():
             return example
-        decode = make_stand_in if self.is_cached else partial(decode_image, draft_side=self.draft_side)
+        original_rgb = getattr(self.processor.image_processor, "original_rgb", False)
+        decode = partial(decode_image, original_rgb=original_rgb, draft_side=self.draft_side)
+        decode = make_stand_in if self.is_cached else decode
         try:
             images = [decode(image) for image in list_images(example)]
         except (ValueError, OSError) as error:

@@ -121,7 +121,8 @@ class VisionCache:
         for key in tqdm(sorted(missing)[rank::world_size], desc="Caching features", disable=not show_progress):
             row, index = places[key]
             with name_image(row, index):
-                image = decode_image(list_images(dataset[row])[index]).convert("RGB")
+                original_rgb = getattr(self.image_processor, "original_rgb", False)
+                image = decode_image(list_images(dataset[row])[index], original_rgb)
             self.store(key, image)
         return text
 

@@ -1,11 +1,15 @@
 """What `info` and `doctor` load: a list of modules, since a time depends on the machine."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 
+
+# Two processes that import everything anew.
+pytestmark = pytest.mark.slow
 
 # Each takes a second or more, and tells nothing about a checkpoint.
 HEAVY = ["peft", "trl", "datasets", "accelerate.utils", "sklearn", "scipy", "pandas", "matplotlib", "gradio", "sympy"]
@@ -29,8 +33,6 @@ def tiny(tmp_path_factory):
 
 
 def list_modules(command: str, folder) -> set[str]:
-    import json
-
     done = subprocess.run([sys.executable, "-c", RUN, command, str(folder)], capture_output=True, text=True)
     code, modules = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, done.stderr

@@ -586,6 +586,40 @@ def test_trl_collates_built_rows(aligned_masks, reference, processor, tmp_path):
     assert "pixel_values" not in collate(rows[2:])
 
 
+def test_stock_trl_trains_on_built_rows_and_evaluates_on_what_is_held_out(tmp_path, root):
+    """Columns of ours are no obstacle to `SFTTrainer`, with its own settings."""
+    from tiny_data import save_tiny_llava
+    from transformers import AutoModelForImageTextToText
+    from trl import SFTConfig, SFTTrainer
+
+    for number in range(8):
+        (root / f"{number}.png").write_bytes(make_png(30, 30, number))
+    rows = [talk(f"<image>\nQ{number}", "A", image=f"{number}.png") for number in range(8)]
+    folder = save_tiny_llava(tmp_path / "llava")
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    source = (write(tmp_path / "one.json", rows), root)
+    build([source], tmp_path / "out", holdout=2, processor=processor)
+    data = load_dataset(str(tmp_path / "out"))
+    arguments = SFTConfig(
+        str(tmp_path / "run"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        max_length=None,
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = SFTTrainer(
+        model, arguments, processing_class=processor, train_dataset=data["train"], eval_dataset=data["test"]
+    )
+    assert {"image_sizes", "id", "text_tokens"} <= set(data["train"].column_names)
+    trainer.train()
+    assert [entry["eval_loss"] > 0 for entry in trainer.state.log_history if "eval_loss" in entry] == [True]
+
+
 def test_trl_mixes_the_sources_of_one_dataset(tmp_path):
     from trl import DatasetMixtureConfig, get_dataset
 

@@ -103,6 +103,28 @@ def test_lengths_come_from_the_builds_columns_without_reading_images(monkeypatch
     assert has_images == [bool(row) for row in sizes]
 
 
+def test_the_trainer_gives_the_sampler_columns_that_batches_do_not_need(monkeypatch, processor):
+    """transformers removes them from what it hands to the sampler."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from convllava_hf.training.trainer import ConvLlavaTrainer
+
+    rows = make_rows(6)
+    sizes = [[[image.height, image.width] for image in row["images"]] for row in rows]
+    built = rows.add_column("image_sizes", sizes).add_column("text_tokens", [5, 3, 1, 9, 2, 7])
+    monkeypatch.setattr("convllava_hf.training.sampler.read_size", None)
+    arguments = {"group_by_modality_length": True, "max_length": None, "train_batch_size": 1, "world_size": 1}
+    arguments |= {"data_seed": None, "seed": 0, "main_process_first": lambda desc: nullcontext()}
+    trainer = SimpleNamespace(
+        train_dataset=built, args=SimpleNamespace(**arguments), data_collator=SimpleNamespace(processor=processor)
+    )
+    sampler = ConvLlavaTrainer._get_train_sampler(trainer, rows)
+    count = processor.image_processor.num_image_tokens
+    images = [sum(count(*size) for size in row) for row in sizes]
+    assert sampler.lengths == [text + image for text, image in zip([5, 3, 1, 9, 2, 7], images, strict=True)]
+
+
 def test_rows_that_are_cut_are_named_and_those_that_cannot_be_stop(processor):
     from convllava_hf.tokens import count_image_tokens, tokenize_row
 

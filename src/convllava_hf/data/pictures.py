@@ -5,6 +5,7 @@ Notation: `H, W` pixels.
 
 import os
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 from ..images import decode_image, read_size
@@ -77,12 +78,17 @@ def find_image(name: str, root: Path | None, follow_links: bool = False) -> Path
         raise BadRow("missing image", f"{path} does not exist")
     if not follow_links:
         target = os.path.realpath(path)
-        if not target.startswith(os.path.join(os.path.realpath(root), "")):
+        if not target.startswith(_resolve_root(root)):
             raise BadRow(
                 "missing image",
                 f"{name} leads out of {root}, by a symbolic link to {target}; if that is meant: --follow-links",
             )
     return Path(path)
+
+
+@lru_cache(maxsize=64)  # asked for every image, and the same for a whole source
+def _resolve_root(root: Path) -> str:
+    return os.path.join(os.path.realpath(root), "")
 
 
 def check_image(image: dict, name: str, verify: str = "decode") -> tuple[int, int]:

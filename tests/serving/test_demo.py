@@ -119,6 +119,7 @@ def test_a_visitor_uploads_asks_and_reads(browser, model, server, pictures, tmp_
     assert visitor.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
 
     stranger = browser.new_page()
+    stranger.set_default_timeout(120_000)
     stranger.goto(page_server.local_url)
     stranger.locator("#question textarea").wait_for()
     assert "What is this?" not in stranger.locator("#chat0").inner_text()

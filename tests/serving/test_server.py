@@ -216,3 +216,25 @@ def test_a_client_that_leaves_ends_its_answer(server):
         slow.remove()
     assert seen[0][0] and seen[0][1] < 64, seen
     assert server.ask().status_code == 200
+
+
+def test_an_engine_behind_the_server_gets_checked_requests(server, pictures):
+    """The way to vLLM: here another server of ours stands behind the front."""
+    from running_server import Server, start_app
+
+    from convllava_hf.serving.backends import RemoteBackend
+    from convllava_hf.serving.server import ServerOptions, build_app
+
+    backend = RemoteBackend(f"{server.url}/v1", "m", KEY, 4_000_000, 64, 8)
+    running, thread, port = start_app(build_app(backend, ServerOptions("front")))
+    try:
+        front = Server(port, backend, server.model, server.processor)
+        content = build_content("What?", build_data_url(pictures[0]))
+        behind, direct = front.ask(content).json(), server.ask(content).json()
+        assert (behind["choices"], behind["usage"]) == (direct["choices"], direct["usage"])
+        assert behind["model"] == "front" and backend.waiting == 0
+        assert front.ask(n=2).status_code == 400
+        assert "the model takes" in front.ask("word " * 20000).json()["error"]["message"]
+    finally:
+        running.should_exit = True
+        thread.join(60)

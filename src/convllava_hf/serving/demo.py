@@ -156,7 +156,6 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
             sources=["upload"],
             show_label=False,
             elem_id="question",
-            stop_btn=True,
             submit_btn=True,
         )
         with gr.Row():
@@ -236,8 +235,8 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
                 if model is models[0]:
                     told.then(draw, [history, budget], boxes, show_progress="hidden")
         stop.click(None, cancels=running)
-        question.stop(None, cancels=running)
-        clear.click(
+        gr.on(
+            [clear.click, *(chat.clear for chat in chats)],  # the chats have a bin of their own
             lambda: [*([] for _ in histories), *([] for _ in chats), None, "", gr.Image(None, visible=False)],
             None,
             [*histories, *chats, seen, cost, boxes],

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 
 import torch
@@ -135,12 +136,21 @@ def list_messages(request: ChatRequest) -> list[dict]:
 
 def escape_control_tokens(tokenizer, text: str) -> str:
     """Breaks every control token that stands in a text, with a space of no width, so that it is read as text."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
-    if not tokens:
-        return text
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
-    broken = pattern.sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
+    broken = _compile_control_tokens(tokenizer).sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
     return broken if broken == text else escape_control_tokens(tokenizer, broken)  # tokens overlap
+
+
+@lru_cache(maxsize=8)
+def _compile_control_tokens(tokenizer) -> re.Pattern:
+    """Finds control tokens, the longest first."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+@lru_cache(maxsize=8)
+def _list_control_ids(processor: ProcessorMixin) -> frozenset[int]:
+    ids = {*processor.tokenizer.all_special_ids, processor.image_token_id}
+    return frozenset(ids - {processor.tokenizer.unk_token_id})
 
 
 def build_input_ids(processor: ProcessorMixin, messages: list[dict], image_tokens: list[int], context: int | None):
@@ -166,7 +176,7 @@ def build_input_ids(processor: ProcessorMixin, messages: list[dict], image_token
     input_ids = _tokenize(processor, escaped, image_tokens)
     # The same chat with harmless texts has the control tokens that the template writes: there must be no others.
     twin = _tokenize(processor, _map_texts(messages, lambda text: "x"), image_tokens)
-    control = {*processor.tokenizer.all_special_ids, processor.image_token_id} - {processor.tokenizer.unk_token_id}
+    control = _list_control_ids(processor)
     counted = [Counter(token for token in row.tolist() if token in control) for row in (input_ids, twin)]
     if counted[0] != counted[1]:
         raise RequestError("a text contains control tokens of the model that could not be taken as text")

@@ -72,6 +72,15 @@ def test_ranks_without_images(models, save_mixed, tmp_path):
     run("fsdp2", 2, models["llava"], save_mixed(2, 3), tmp_path)
 
 
+def test_llava_resumes_from_its_own_weights(models, save_mixed, tmp_path):
+    """They are saved under the names of the released checkpoints, which `Trainer` does not look for."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    rows = save_mixed(2, 3)
+    train(models["llava"], rows, tmp_path / "whole", **settings)
+    train(models["llava"], rows, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), **settings)
+    compare(tmp_path / "whole", tmp_path / "resumed")
+
+
 @pytest.mark.slow  # processes that import torch and TRL
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

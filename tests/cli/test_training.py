@@ -62,6 +62,6 @@ def test_plan_of_other_models_prints_what_they_take(tmp_path, checkpoint):
     llava = save_tiny_llava(tmp_path / "llava")
     for stage in (1, 3):
         code, text = run("plan", llava, "--stage", stage)
-        assert code == 0 and "optim_target_modules: ['multi_modal_projector" in text and "init_kwargs" not in text
+        assert code == 0 and "trainable: ['multi_modal_projector" in text and "init_kwargs" not in text
     code, text = run("plan", checkpoint, "--stage", 3, "--vision-from", "stage4")
     assert code == 2 and "--vision-from stage4 is for stage 2" in text

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
-from tiny_data import make_rows, save_rows
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_data import make_rows, save_rows, save_tiny_llava
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 
 if Version(transformers.__version__) < Version("5.18"):
@@ -28,11 +29,13 @@ if Version(transformers.__version__) < Version("5.18"):
 from trl import SFTTrainer
 
 from convllava_hf.images import undecode_images
-from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.arguments import ConvLlavaTrainingArguments, has_fast_bf16
 from convllava_hf.training.callbacks import draw_curves
 from convllava_hf.training.collator import ConvLlavaCollator
-from convllava_hf.training.run import run_recipe
-from convllava_hf.training.trainer import ConvLlavaTrainer, find_last_checkpoint, has_fast_bf16
+from convllava_hf.training.plans import estimate_states
+from convllava_hf.training.run import locate_data, run_recipe
+from convllava_hf.training.runs import find_last_checkpoint
+from convllava_hf.training.trainer import ConvLlavaTrainer, set_aspect_ratio
 from convllava_hf.training.vision_cache import VisionCache, hash_image
 
 
@@ -47,6 +50,14 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return save_rows(tmp_path_factory.mktemp("data") / "rows")
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What this package's loggers write, which transformers keeps from other loggers."""
+    transformers.utils.logging.enable_propagation()
+    yield caplog
+    transformers.utils.logging.disable_propagation()
 
 
 @pytest.fixture
@@ -145,6 +156,69 @@ def test_every_part_has_its_learning_rate(make_trainer, checkpointing):
     assert first["learning_rate_projector"] == pytest.approx(1e-4)
 
 
+class HalvedSGD(torch.optim.SGD):
+    """An optimizer that only construction through transformers can reach."""
+
+
+def test_learning_rates_per_part_keep_the_optimizer_that_was_asked_for(make_trainer):
+    """The groups of transformers' own construction are split; class and settings stay those that were passed."""
+    trainer = make_trainer(**PLAN, projector_learning_rate=1e-4, weight_decay=0.1)
+    trainer.optimizer_cls_and_kwargs = (HalvedSGD, {"lr": 1e-3, "momentum": 0.5})
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is HalvedSGD
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    rates = {(group["part"], group["weight_decay"]): group["lr"] for group in optimizer.param_groups}
+    assert rates == {("rest", 0.1): 1e-3, ("rest", 0.0): 1e-3, ("projector", 0.1): 1e-4, ("projector", 0.0): 1e-4}
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_learning_rates_per_part_keep_8_bit_overrides(make_trainer):
+    """bitsandbytes finds embeddings by their place in the groups, which it looks up at its first step."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(**PLAN, projector_learning_rate=1e-4, optim="adamw_bnb_8bit")
+    optimizer = trainer.create_optimizer()
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    embeddings = trainer.model.get_input_embeddings()
+    assert (embeddings, "weight", {"optim_bits": 32}) in manager.module_weight_config_triple
+    optimizer.check_overrides()
+    places = [
+        (i, j)
+        for i, group in enumerate(optimizer.param_groups)
+        for j, parameter in enumerate(group["params"])
+        if parameter is embeddings.weight
+    ]
+    assert len(places) == 1 and manager.index2config[places[0]] == {"optim_bits": 32}
+
+
+def test_learning_rates_per_part_where_the_optimizer_holds_something_else(make_trainer):
+    trainer = make_trainer(**PLAN, projector_learning_rate=1e-4)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 1e-3, "params": [torch.zeros(2, requires_grad=True)]})
+    with pytest.raises(ValueError, match="optim='adamw_torch.*vision_learning_rate and projector_learning_rate out"):
+        trainer.create_optimizer()
+
+
+def test_rows_in_their_own_order(make_trainer):
+    """`train_sampling_strategy="sequential"` is what it says; the default groups rows."""
+    orders = {}
+    for strategy in ("sequential", "random"):
+        trainer = make_trainer(train_sampling_strategy=strategy)
+        orders[strategy] = list(trainer._get_train_sampler())
+    assert orders["sequential"] == list(range(24)) != orders["random"]
+    assert sorted(orders["random"]) == orders["sequential"]
+
+
+def test_gradient_norm_is_computed_once(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=2)
+    calls = []
+    clip = trainer.accelerator.clip_grad_norm_
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *a, **k: calls.append(None) or clip(*a, **k))
+    total = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *a, **k: calls.append("again") or total(*a, **k))
+    trainer.train()
+    assert calls == [None, None]
+
+
 def test_learning_rate_of_a_frozen_part(make_trainer):
     trainer = make_trainer(trainable=["language_model"], projector_learning_rate=1e-4)
     with pytest.raises(ValueError, match="0.0001 is set for the projector, but none of its parameters are trained"):
@@ -152,7 +226,7 @@ def test_learning_rate_of_a_frozen_part(make_trainer):
 
 
 def test_parameters_by_pattern_for_any_model(make_trainer):
-    trainer = make_trainer(optim_target_modules=["multi_modal_projector"])
+    trainer = make_trainer(trainable=["multi_modal_projector"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all("multi_modal_projector" in name for name in trained)
 
@@ -344,6 +418,18 @@ def test_gradient_that_is_no_number_stops_before_it_spoils_the_weights(make_trai
     assert not (Path(trainer.args.output_dir) / "checkpoint-2").exists()
 
 
+def test_gradient_that_is_no_number_under_deepspeed(make_trainer, monkeypatch):
+    """DeepSpeed has stepped before its norm is known: what was trained is lost, and no checkpoint takes it."""
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    norms = iter([1.0, float("inf")])
+    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(trainer, "_clip_grad_norm", lambda model: next(norms))
+    with pytest.raises(FloatingPointError, match=r"at step 2; the weights in memory are spoilt, no checkpoint is by"):
+        trainer._get_grad_norm(trainer.model, trainer._clip_grad_norm(trainer.model))
+        trainer.state.global_step = 1
+        trainer._get_grad_norm(trainer.model, trainer._clip_grad_norm(trainer.model))
+
+
 def test_loss_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
     calls = []
@@ -372,19 +458,9 @@ def test_full_disk_leaves_the_last_checkpoint(make_trainer, monkeypatch):
         return save(content, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save_until_full)
-    with pytest.raises(OSError, match=r"could not save .*checkpoint-2: .*Last complete checkpoint: .*checkpoint-1\."):
+    with pytest.raises(OSError, match=r"could not save to .*: .*Last complete checkpoint: .*checkpoint-1\."):
         trainer.train()
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-def test_incomplete_checkpoints_are_passed_over(tmp_path):
-    assert find_last_checkpoint(tmp_path) is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state:
-            (folder / "trainer_state.json").write_text(state)
-    assert find_last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def get_settings(checkpoint: Path, data: Path, output: Path) -> list[str]:
@@ -448,9 +524,9 @@ def test_leaves_curves_and_a_card(checkpoint, data, tmp_path):
         "--output_dir",
         str(tmp_path / "o"),
     ]
-    run_recipe("tiny_cpu_stage1", settings)
+    run_recipe("tiny_cpu_stage1", [*settings, "--max_steps", "2"])
     assert (tmp_path / "o" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
-    card = (tmp_path / "o" / "checkpoint-2" / ".." / "README.md").read_text()
+    card = (tmp_path / "o" / "README.md").read_text()
     assert "| recipe | tiny_cpu_stage1 |" in card and f"| data | {data} |" in card
     assert "| rows per step | 2 (2 x 1 x 1) |" in card
     assert card.count("## How it was trained") == 1
@@ -479,7 +555,134 @@ def test_unknown_recipe():
         run_recipe("stage9")
 
 
-def test_bfloat16_where_the_processor_lacks_it(make_trainer, monkeypatch):
-    monkeypatch.setattr("convllava_hf.training.trainer.has_fast_bf16", lambda device: False)
+def test_bfloat16_where_the_processor_lacks_it(make_trainer, monkeypatch, warnings):
+    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: False)
     assert not make_trainer(bf16=True).args.bf16
+    assert "computing in float32" in warnings.text
     assert has_fast_bf16(torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_recipes_for_gpus_run_on_a_cpu(checkpoint, data, tmp_path, monkeypatch, warnings):
+    """`bf16: true` and bfloat16 weights become float32 without a flag, and it is said."""
+    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: False)
+    settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--max_steps", "1"]
+    settings += ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "0", "--report_to", "none"]
+    trainer = run_recipe("custom_finetune_lora", settings)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert "no GPU was found" in warnings.text and "computing in float32" in warnings.text
+
+
+def test_data_that_can_only_be_here_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.json").write_text(json.dumps([{"id": "1", "conversations": []}]))
+    with pytest.raises(ValueError, match="convllava data build --llava-json my.json --image-root"):
+        locate_data("my.json")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": []}))
+    assert locate_data("chat.jsonl") == ("json", {"data_files": "chat.jsonl"})
+    (tmp_path / "built").mkdir()
+    assert locate_data("built") == ("built", {})
+    for name in ("data", "./data", "/nowhere/data", "built/data", "a/b/c", "gone.json", "owner/gone.json", "~/gone"):
+        with pytest.raises(FileNotFoundError, match=f"--dataset_name {re.escape(name)}: there is no such file"):
+            locate_data(name)
+    assert locate_data("owner/name") == ("owner/name", {})
+
+
+def test_says_what_will_happen_and_what_has_happened(checkpoint, data, tmp_path, warnings, capsys):
+    settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--output_dir", str(tmp_path)]
+    trainer = run_recipe("tiny_cpu_stage1", settings)
+    assert trainer.state.global_step == 12  # every row once
+    text = warnings.text
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    for expected in (
+        f"{data}: 24 rows",
+        "12 of 2 rows (2 x 1 accumulated x 1 processes): each row is seen 1 times",
+        f"{trained:,} of {trainer.model.num_parameters():,} parameters",
+        "128 pixels a side",
+        f"about {trainer.longest_row} tokens",
+        f"{estimate_states(trainer.model) / 1e9:.3g} GB per process",
+        "done: 12 steps; loss ",
+        f"convllava ask IMAGE QUESTION --model {tmp_path}",
+    ):
+        assert expected in text, expected
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 1/12  loss ") and lines[-1].startswith("step 12/12  loss ")
+
+
+def test_interrupted_training_can_be_resumed(checkpoint, data, tmp_path, warnings):
+    """Ctrl-C after the third step: a checkpoint, the way to go on, and the weights of a run that was not stopped."""
+    settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--learning_rate", "0.003"]
+    run_recipe("tiny_cpu_stage1", [*settings, "--output_dir", str(tmp_path / "whole")])
+
+    class PressKeys(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    build = ConvLlavaTrainer.__init__
+
+    def build_with_keys(self, **kwargs):
+        build(self, **kwargs, callbacks=[PressKeys()])
+
+    stopped = [*settings, "--output_dir", str(tmp_path / "stopped")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConvLlavaTrainer, "__init__", build_with_keys)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe("tiny_cpu_stage1", stopped)
+    assert "stopped after step 3 of 12" in warnings.text and "--resume_from_checkpoint last" in warnings.text
+    assert find_last_checkpoint(tmp_path / "stopped").name == "checkpoint-3"
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    run_recipe("tiny_cpu_stage1", [*stopped, "--resume_from_checkpoint", "last"])
+    expected, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_what_is_trained_beside_adapters_is_float32(checkpoint, data, tmp_path, monkeypatch):
+    """Frozen weights in bfloat16; every weight of the projector moves by steps that bfloat16 would swallow."""
+    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: True)
+    settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--max_steps", "2"]
+    settings += ["--output_dir", str(tmp_path / "out"), "--dtype", "bfloat16", "--bf16", "true", "--warmup_steps", "0"]
+    trainer = run_recipe("tiny_cpu_lora", [*settings, "--projector_learning_rate", "1e-5", "--save_strategy", "no"])
+    dtypes = {}
+    for parameter in trainer.model.parameters():
+        dtypes.setdefault(parameter.requires_grad, set()).add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    before = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="bfloat16").state_dict()
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    weights = {
+        name.split("multi_modal_projector.")[1]: w for name, w in after.items() if "multi_modal_projector" in name
+    }
+    assert len(weights) == 4
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        moved = (weight != before[f"model.multi_modal_projector.{name}"].float()).float().mean()
+        assert moved > 0.9, (name, moved)
+
+
+def test_images_become_the_shape_that_is_asked_for(make_trainer, tmp_path):
+    trainer = make_trainer(image_aspect_ratio="native")
+    assert trainer.processing_class.image_processor.image_aspect_ratio == "native"
+    assert len(next(iter(trainer.get_train_dataloader()))["image_sizes"].unique(dim=0)) > 1
+    with pytest.raises(ValueError, match="aspect_ratio='crop': ConvLlavaImageProcessor.* has pad, native, squash"):
+        make_trainer(image_aspect_ratio="crop")
+    processor = AutoProcessor.from_pretrained(save_tiny_llava(tmp_path / "llava"))
+    wide = Image.new("RGB", (56, 28), "red")
+    cropped = processor(images=[wide], text=["<image>"], return_tensors="pt")["pixel_values"]
+    set_aspect_ratio(processor, "pad")
+    padded = processor(images=[wide], text=["<image>"], return_tensors="pt")["pixel_values"]
+    assert padded.shape == cropped.shape == (1, 3, 28, 28)
+    assert cropped[0, 0].unique().numel() == 1 < padded[0, 0].unique().numel()
+
+
+def test_log_says_how_fast_it_is(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    assert log["rows_per_second"] > 0 and log["tokens_per_second"] > log["rows_per_second"]
+    assert log["megapixels_per_second"] > 0 and 0 <= log["data_wait"] < 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    shares = [entry["padding"] for entry in trainer.state.log_history if "padding" in entry]
+    first = 1 - batch["attention_mask"].float().mean().item()
+    assert shares[0] == pytest.approx(first, abs=1e-3)

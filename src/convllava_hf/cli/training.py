@@ -111,7 +111,7 @@ def plan(
         listed = f"[{', '.join(map(repr, patterns))}]".replace("\\\\", "\\")
         # Other classes do not take `trainable`; `convllava train` freezes them by the trainer's own argument.
         is_ours = config.model_type == "convllava"
-        print(f"model_init_kwargs:\n  trainable: {listed}" if is_ours else f"optim_target_modules: {listed}")
+        print(f"model_init_kwargs:\n  trainable: {listed}" if is_ours else f"trainable: {listed}")
 
 
 def merge(

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from transformers.utils import logging
 from trl import SFTConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -10,11 +15,12 @@ class ConvLlavaTrainingArguments(SFTConfig):
     r"""TRL's [`SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig), and what it lacks.
 
     Args:
-        optim_target_modules: regular expressions of the parameters to train; all others are frozen. For models of this
-            package `model_init_kwargs: {trainable: [...]}` does the same, and works with `trl sft` as well.
+        trainable: regular expressions of the parameters to train; all others are frozen. For models of this package
+            `model_init_kwargs: {trainable: [...]}` does the same, and works with `trl sft` as well.
         vision_learning_rate: peak learning rate of the vision tower. Default: `learning_rate`.
         projector_learning_rate: peak learning rate of the projector. Default: `learning_rate`.
-        group_by_modality_length: batches of rows with images or without, and of similar length. Not for streams.
+        group_by_modality_length: batches of rows with images or without, and of similar length. Not for streams, and
+            not with a `train_sampling_strategy` other than the default, `"random"`.
         normalize_on_device: workers hand over images as bytes, a quarter of the size; the device normalises them.
         vision_cache: folder for the features of the frozen tower, which are then computed once instead of in every
             epoch and run; see `vision_cache.py`. What it will take is said first.
@@ -22,9 +28,15 @@ class ConvLlavaTrainingArguments(SFTConfig):
             Default: the checkpoint's.
         draft_photos: let the JPEG decoder shrink photos of more than twice the processed size: faster, and not quite
             the same pixels. For `image_aspect_ratio` "pad" and "squash" of this package's models.
+        image_aspect_ratio: `"pad"`, `"native"` or `"squash"` for a ConvNeXt tower, `"pad"` or `"crop"` for a ViT.
+            Default: the checkpoint's.
+        overwrite_output_dir: start anew in an `output_dir` that was used, and delete the checkpoints in it.
         max_length: rows are cut to so many tokens on the right, but never inside or before an image.
     """
 
+    trainable: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of the names of the parameters to train. Default: all."}
+    )
     vision_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
     )
@@ -46,3 +58,27 @@ class ConvLlavaTrainingArguments(SFTConfig):
     draft_photos: bool = field(
         default=False, metadata={"help": "Shrink large JPEG photos while they are decoded: faster, other pixels."}
     )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "How images become the tower's shape. Default: the checkpoint's."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output_dir that was used; deletes its checkpoints."}
+    )
+
+    def __post_init__(self):
+        if not (self.use_cpu or torch.accelerator.is_available()):
+            logger.warning("no GPU was found: training on the CPU.")
+            self.use_cpu = True
+        if self.use_cpu and (self.bf16 or self.fp16) and not has_fast_bf16("cpu"):
+            logger.warning("this processor has no bfloat16 arithmetic: computing in float32.")
+            self.bf16 = self.fp16 = False
+        if isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if self.tf32 and not torch.cuda.is_available():
+            self.tf32 = None
+        super().__post_init__()
+
+
+def has_fast_bf16(device: torch.device | str) -> bool:
+    """Whether a device computes in bfloat16; processors without the instructions are hundreds of times slower in it."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,5 +1,9 @@
 """What happens beside the steps of a run: the bar and the curves."""
 
+import math
+import statistics
+import sys
+import time
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
@@ -10,16 +14,49 @@ logger = logging.get_logger(__name__)
 
 
 CURVES = "training_curves.png"
+SECONDS_PER_LINE = 10
 
 
 class LossBarCallback(ProgressCallback):
-    """transformers' progress bar with the loss beside it, instead of a dictionary on a line of its own for each log."""
+    """transformers' progress bar with the loss beside it; where that goes to a file, lines instead of a bar."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_terminal, self.last_line = sys.stderr.isatty(), -math.inf
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.is_terminal:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.is_terminal:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.is_terminal:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.is_terminal:
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
+        if not self.is_terminal:
+            if state.is_world_process_zero:
+                self._write_line(state, logs)
+        elif self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
         else:
             super().on_log(args, state, control, logs, **kwargs)
+
+    def _write_line(self, state, logs: dict) -> None:
+        """A line for a log, but no more than one in `SECONDS_PER_LINE`; the first, the last and evaluations always."""
+        is_due = time.monotonic() - self.last_line >= SECONDS_PER_LINE or state.global_step >= state.max_steps
+        shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
+        if shown and (is_due or "eval_loss" in logs):
+            self.last_line = time.monotonic()
+            text = "  ".join(f"{key} {float(value):.4g}" for key, value in shown.items())
+            sys.stderr.write(f"step {state.global_step}/{state.max_steps}  {text}\n")
 
 
 class CurvesCallback(TrainerCallback):
@@ -45,11 +82,17 @@ def draw_curves(log_history: list[dict], file: Path) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, rate = figure.subplots(1, 2)
     steps = [entry["step"] for entry in points]
-    loss.plot(steps, [entry["loss"] for entry in points], label="training")
+    losses = [entry["loss"] for entry in points]
+    # Steps hold rows of one kind and of similar length, the longest first: their losses differ for that reason alone.
+    window = max(1, len(losses) // 20)
+    means = [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+    loss.plot(steps, losses, color="C0", alpha=0.25, linewidth=1)
+    loss.plot(steps, means, color="C0", label=f"training, mean of {window} steps")
+    loss.set_title("steps hold rows of similar length, the longest first", fontsize=8, color="gray")
     evaluated = [entry for entry in log_history if "eval_loss" in entry]
     if evaluated:
         loss.plot([e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated], "o-", label="evaluation")
-        loss.legend()
+    loss.legend()
     loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     for name in sorted({key for entry in points for key in entry if key.startswith("learning_rate")}):
         rate.plot(steps, [entry.get(name) for entry in points], label=name.removeprefix("learning_rate_"))

@@ -36,7 +36,7 @@ def get_stage_depths(config: PreTrainedConfig) -> list[int]:
     if not depths:
         raise ValueError(
             f"vision_config.model_type={config.vision_config.model_type!r} does not tell the depths of its stages; "
-            "name the parameters to train yourself, for example --optim_target_modules multi_modal_projector "
+            "name the parameters to train yourself, for example --trainable multi_modal_projector "
             "'vision_tower.*stages\\.3\\.'"
         )
     return list(depths)
@@ -130,3 +130,15 @@ def describe_plan(model: nn.Module) -> list[PartPlan]:
         counts.setdefault(part, [0, 0])[not parameter.requires_grad] += parameter.numel()
     order = sorted(counts, key=lambda part: ([*PARTS, "other"].index(part.split(",")[0]), "stem" not in part, part))
     return [PartPlan(part, *counts[part]) for part in order]
+
+
+def estimate_states(model: nn.Module, shards: int = 1) -> int:
+    """Bytes of a model's weights, of the gradients of what is trained, and of both moments of AdamW, per process.
+
+    Args:
+        model: with `requires_grad` and dtypes as it will be trained; the meta device will do.
+        shards: processes that share all of it (FSDP2, ZeRO-3).
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return (weights + 3 * trained) // shards

@@ -1,0 +1,69 @@
+"""Every rank runs the vision tower equally often: blank passes for those whose batch needs fewer than another's.
+
+Sharded parameters (FSDP2, ZeRO-3) are gathered by all ranks together whenever a module runs; a rank that runs the tower
+once less waits for the others for ever. DDP stops at parameters without a gradient. The tower runs once per size of a
+batch's images, so text-only batches and batches of images in their own shapes differ from rank to rank.
+
+ConvLLaVA runs idle passes by itself when it is told their number. For other models a blank image rides along, whose
+placeholders attention does not see and the loss does not count: it changes no gradient.
+
+Notation: `B` rows, `S` tokens per row.
+"""
+
+import torch
+from PIL import Image as PILImage
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from ..model.modeling_convllava import count_vision_passes
+
+
+TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+PADDING = {"labels": -100}  # of other tensors of the shape (B, S): 0
+
+
+def count_passes(batch: dict, config: PreTrainedConfig) -> int:
+    """How often a model runs its tower for a batch."""
+    return count_vision_passes(batch) if config.model_type == "convllava" else int("pixel_values" in batch)
+
+
+def add_passes(batch: dict, passes: int, processor: ProcessorMixin, config: PreTrainedConfig) -> dict:
+    """Makes a model run its tower `passes` times for a batch.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels` `(B, S)`.
+        passes: of the rank that needs most; 1 where the model is no ConvLLaVA.
+        processor: of the model.
+        config: of the model.
+
+    Returns:
+        The batch with the number, or with a blank image where it had none, and with more columns where its padding does
+        not hold the placeholders.
+    """
+    if config.model_type == "convllava":
+        return {**batch, "vision_passes": passes}
+    if count_passes(batch, config) or "attention_mask" not in batch:
+        return batch
+    blank = PILImage.new("RGB", (32, 32))
+    images = processor(images=[blank], text=[processor.image_token], return_tensors="pt")
+    count = (images["input_ids"] == config.image_token_id).sum().item()
+    device = batch["input_ids"].device
+    images = {key: value.to(device) for key, value in images.items() if key not in TEXT_KEYS}
+    return {**_add_placeholders(batch, count, config.image_token_id), **images}
+
+
+def _add_placeholders(batch: dict, count: int, image_token_id: int) -> dict:
+    """Writes placeholders over the padding of a batch without images, and over new columns where that is too little."""
+    rows, length = batch["input_ids"].shape
+    lacking = count - (batch["attention_mask"] == 0).sum().item()
+    columns = max(0, -(-lacking // rows))
+    batch = {
+        key: pad(value, (0, columns), value=PADDING.get(key, 0))
+        if isinstance(value, torch.Tensor) and value.shape == (rows, length)
+        else value
+        for key, value in batch.items()
+    }
+    places = (batch["attention_mask"] == 0).flatten().nonzero().flatten()[:count]
+    input_ids = batch["input_ids"].flatten().clone()
+    input_ids[places] = image_token_id
+    return {**batch, "input_ids": input_ids.view(rows, -1)}

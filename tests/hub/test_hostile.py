@@ -199,7 +199,7 @@ def test_an_odd_report_does_not_lose_the_other_checks(copy, report):
 def test_doctor_bounds_what_a_configuration_asks_for(copy):
     config = json.loads((copy / "config.json").read_text())
     edit_json(copy / "config.json", text_config={**config["text_config"], "num_hidden_layers": 10**6})
-    assert "1000000" in find_problems(copy)["tensors have the names and shapes of the configuration"]
+    assert any("1000000" in problem for problem in find_problems(copy).values())
 
 
 def test_doctor_bounds_templates(copy):

@@ -34,9 +34,9 @@ def save_mixed(tmp_path_factory):
     """Saves rows so that rank 0 gets images, and rank 1 only text; every third step has no image at all."""
 
     def save(world: int, steps: int = 6):
-        rows, order = make_rows(60), []
-        images = iter([place for place in range(60) if place % 5 != WITHOUT])
-        texts = iter([place for place in range(60) if place % 5 == WITHOUT])
+        rows, order = make_rows(90), []
+        images = iter([place for place in range(90) if place % 5 != WITHOUT])
+        texts = iter([place for place in range(90) if place % 5 == WITHOUT])
         for step in range(steps):
             order += [next(images) if rank == 0 and step % 3 != 2 else next(texts) for rank in range(world)]
         path = tmp_path_factory.mktemp("rows") / "mixed"

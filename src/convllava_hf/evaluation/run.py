@@ -145,8 +145,7 @@ def make_local_answerer(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding=True,
-            processor_kwargs={"images_kwargs": image_settings} if image_settings else {},
+            processor_kwargs={"padding": True, **({"images_kwargs": image_settings} if image_settings else {})},
         ).to(model.device, model.dtype)
         if temperature:
             words = f"{settings.get('seed', 0)} {questions[0].question_id}"  # the same after an interruption

@@ -111,3 +111,38 @@ def test_data_measures_ways_of_building(load, capsys, tmp_path):
         ("300", "json.load", "1"),
     ]
     assert all(entry["seconds"] > 0 for entry in json.loads(file.read_text())["results"])
+
+
+def test_evaluation_compares_batch_sizes(load, capsys, tmp_path):
+    from tiny_checkpoint import save_tiny_checkpoint
+
+    evaluation, file = load("evaluation"), tmp_path / "results.json"
+    model = save_tiny_checkpoint(tmp_path / "tiny")
+    tiny = f"--model {model} --device cpu --questions 4 --batches 1 4 --new-tokens 2 --repeats 1 --json {file}"
+    evaluation.main(tiny.split())
+    rows = read_table(capsys.readouterr().out, "Speed")
+    assert [row["batch"] for row in rows] == ["1", "4"] and rows[1]["equal answers"] == "4/4"
+
+
+def test_reading_measures_sizes_and_budgets(load, capsys, tmp_path):
+    from tiny_checkpoint import save_tiny_checkpoint
+
+    reading = load("reading")
+    model = save_tiny_checkpoint(tmp_path / "tiny")
+    tiny = f"--model {model} --device cpu --sizes 8 20 --budgets 1 4 --side 128 --documents 4"
+    reading.main([*tiny.split(), "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "results.json")])
+    rows = read_table(capsys.readouterr().out, "Reading")
+    assert [(row["tokens"], row["text size"]) for row in rows] == [("1", "8"), ("1", "20"), ("4", "8"), ("4", "20")]
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_documents_of_reading_show_their_truth_and_nothing_is_cut(load):
+    import random
+
+    reading = load("reading")
+    font = reading.find_fonts()[0]
+    for kind in reading.KINDS:
+        page, question, truth = reading.draw_document(kind, 16, 256, font, random.Random(0))
+        again = reading.draw_document(kind, 16, 256, font, random.Random(0))
+        assert page.tobytes() == again[0].tobytes() and (question, truth) == again[1:]
+        assert page.convert("L").getextrema()[0] < 60 and truth.replace(".", "").isdigit()

@@ -42,6 +42,8 @@ from stages import (
 from tqdm.auto import tqdm
 from transformers import pipeline, set_seed
 
+from convllava_hf.evaluation.metrics import compare_exact
+
 
 TARGET, TARGET_PER_TASK = 0.92, 0.85
 
@@ -179,7 +181,7 @@ def main(
         question["shuffled"] = next(swapped_answers) if question["image"] is not None else None
 
     def rate(selected, key):
-        return round(sum(q[key] == q["truth"] for q in selected) / len(selected), 4)
+        return round(sum(compare_exact(q[key], q["truth"]) for q in selected) / len(selected), 4)
 
     by_task = {task: [question for question in questions if question["task"] == task] for task in TASKS}
     accuracy = {

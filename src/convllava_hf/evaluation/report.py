@@ -41,7 +41,7 @@ h1 { font-size: 1.35rem; margin: .4rem 0 1rem; } h2 { font-size: 1.1rem; margin:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; } .soft { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-.bar { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 3.4rem; gap: .6rem; align-items: center;
+.bar { display: grid; grid-template-columns: minmax(6rem, 25%) 1fr 3.4rem; gap: .6rem; align-items: center;
   margin: .2rem 0; }
 .bar span { overflow-wrap: anywhere; } .bar .number { text-align: right; font-variant-numeric: tabular-nums; }
 .track { position: relative; background: #eef0f2; height: .9rem; border-radius: 2px; }

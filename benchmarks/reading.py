@@ -60,12 +60,12 @@ def draw_document(kind: str, size: int, side: int, font_file: Path, rng: random.
     chosen = rng.randrange(rows)
     left, top = rng.randint(size // 2, max(size // 2, side // 8)), rng.randint(size // 2, max(size // 2, side // 12))
     if kind == "line":
-        draw.text((left, rng.randint(top, side - 2 * step)), f"{names[0]} {numbers[0]}", "black", font)
+        draw.text((left, rng.randint(top, max(top, side - 2 * step))), f"{names[0]} {numbers[0]}", "black", font)
         return page, f"Which number stands after {names[0]}?", str(numbers[0])
     if kind == "chart":
         width = max(2, (side - 2 * left) // rows)
         for place, number in enumerate(numbers):
-            height = round(number / 1000 * (side - 4 * step))
+            height = round(number / 1000 * max(1, side - 4 * step))
             x, bottom = left + place * width, side - 2 * step
             draw.rectangle((x, bottom - height, x + width * 0.7, bottom), fill="#4a78b0")
             draw.text((x, bottom - height - step), str(number), "black", font)

@@ -287,8 +287,8 @@ def write_results(folder: Path, score: Score, extra: dict) -> dict:
     write_json(folder / "original.json", score.original)
     lines = [json.dumps(vars(outcome), ensure_ascii=False) + "\n" for outcome in score.outcomes]
     (folder / "outcomes.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_submission(folder, score.original)
     write_json(folder / "results.json", results)
+    write_submission(folder, score.original)
     return results
 
 
@@ -296,7 +296,10 @@ def write_submission(folder: Path, original: dict) -> None:
     """The file for a benchmark's own server or script, in the format of the original's converter."""
     submission = original.get("submission")
     if isinstance(submission, dict):  # MMBench's table
-        from openpyxl import Workbook
+        try:
+            from openpyxl import Workbook
+        except ImportError as error:
+            raise ImportError("MMBench's table needs the extra `eval`: pip install 'convllava-hf[eval]'.") from error
 
         book = Workbook(write_only=True)
         sheet = book.create_sheet()

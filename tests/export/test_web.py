@@ -50,7 +50,7 @@ def draw_questions(count: int) -> list[tuple[Image.Image, str]]:
     for page in quickstart["make_pages"]("test", count, seed=7):
         for task in rng.sample(list(quickstart["TASKS"]), len(quickstart["TASKS"])):
             if pair := quickstart["ask"](page, task, rng):
-                found.append((page.image(), pair[0]))
+                found.append((page.image, pair[0]))
                 break
     return found
 

@@ -48,7 +48,7 @@ def draw_questions(count: int) -> list[tuple[Image.Image, str]]:
     quickstart = runpy.run_path(str(BROWSER.parent / "quickstart" / "pages.py"))
     rng, found = random.Random(7), []
     for page in quickstart["make_pages"]("test", count, seed=7):
-        for task in rng.sample(list(quickstart["TASKS"]), len(quickstart["TASKS"])):
+        for task in rng.sample(quickstart["IMAGE_TASKS"], len(quickstart["IMAGE_TASKS"])):
             if pair := quickstart["ask"](page, task, rng):
                 found.append((page.image, pair[0]))
                 break

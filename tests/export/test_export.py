@@ -63,6 +63,11 @@ class TestRuntimes:
         assert json.loads((folder / "export.json").read_text())["target"] == target
         assert not list(folder.rglob("*.safetensors"))
 
+    def test_the_batch_is_named_as_transformers_js_expects(self, exported, target):
+        if target == "onnx":
+            model, _ = load(exported(target).output, runtime=target)
+            assert model.graphs["decoder_model_merged"].inputs["past_key_values.0.key"][0] == "batch_size"
+
     def test_answers_are_the_checkpoints_at_other_sizes_than_the_traced_ones(self, exported, before, target):
         model, processor = load(exported(target).output, runtime=target)
         wide = Image.effect_mandelbrot((200, 70), (-2, -1, 1, 1), 50).convert("RGB")

@@ -26,6 +26,9 @@ needs_exporters = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="exporting needs the exporters of transformers 5.23"
 )
 
+# Tracing takes as long as the machine is busy.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="session")
 def exported(converted, tmp_path_factory):

@@ -32,6 +32,7 @@ BROWSER = Path(__file__).parents[2] / "examples" / "browser"
 TOLERANCE_LEVELS = 1.01
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.slow,
     pytest.mark.skipif(
         Version(transformers.__version__) < Version("5.23"), reason="exporting needs the exporters of transformers 5.23"

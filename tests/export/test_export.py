@@ -26,6 +26,9 @@ needs_exporters = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="exporting needs the exporters of transformers 5.23"
 )
 
+# Tracing takes as long as the machine is busy.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="session")
 def exported(converted, tmp_path_factory):
@@ -62,6 +65,11 @@ class TestRuntimes:
         folder = exported(target).output
         assert json.loads((folder / "export.json").read_text())["target"] == target
         assert not list(folder.rglob("*.safetensors"))
+
+    def test_the_batch_is_named_as_transformers_js_expects(self, exported, target):
+        if target == "onnx":
+            model, _ = load(exported(target).output, runtime=target)
+            assert model.graphs["decoder_model_merged"].inputs["past_key_values.0.key"][0] == "batch_size"
 
     def test_answers_are_the_checkpoints_at_other_sizes_than_the_traced_ones(self, exported, before, target):
         model, processor = load(exported(target).output, runtime=target)

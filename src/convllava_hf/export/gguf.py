@@ -33,6 +33,12 @@ CONVOLUTIONAL_TOWER = (
     "openvino or web."
 )
 
+CLASS_TOKEN = (
+    "nothing, but llama.cpp itself reads CLIP's class token in the place of a patch and gives every patch the position "
+    "of its neighbour (ggml-org/llama.cpp#25814). Until that is mended there, answers about images differ from the "
+    "checkpoint's; answers to text do not."
+)
+
 
 def check_gguf(stored: dict) -> None:
     """Refuses what llama.cpp does not know, by the checkpoint's config.json alone.
@@ -87,7 +93,7 @@ def write_gguf(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) 
     missing = CONVOLUTIONAL_TOWER
     if model.config.model_type == "llava":
         write_image_encoder(model, processor, folder / "mmproj.gguf")
-        missing = ""
+        missing = CLASS_TOKEN
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.gguf"))}, missing
 
 

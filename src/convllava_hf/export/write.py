@@ -21,6 +21,15 @@ QUANTIZER_PACKAGES = {("onnx", "int8"): "onnxruntime", ("onnx", "int4"): "onnxru
 OLDEST_TRANSFORMERS = "5.23"
 # One protobuf holds less than 2 GB; beyond, the weights lie beside the graph.
 LARGEST_FILE = int(1.5 * 2**30)
+# Of the inputs, by axis.
+SIZES = {
+    "input_ids": {0: "batch_size", 1: "sequence_length"},
+    "pixel_values": {0: "num_images", 2: "height", 3: "width"},
+    "inputs_embeds": {0: "batch_size", 1: "sequence_length"},
+    "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+    "position_ids": {0: "batch_size", 1: "sequence_length"},
+    "past_key_values": {0: "batch_size", 2: "past_sequence_length"},
+}
 # Weights that share one scale, in int4.
 INT4_BLOCK = 32
 
@@ -85,9 +94,20 @@ def _write_onnx(part: TracedPart, path: Path, quantize: str | None) -> None:
     program, _ = OnnxExporter().export_program(part.module.eval(), dict(part.inputs), config)
     if quantize == "int4":
         program = _pack_int4(program)
+    _name_sizes(program.graph)
     weights = sum(value.const_value.nbytes for value in program.graph.initializers.values())
     beside = {"external_data": f"{path.name}_data"} if weights > LARGEST_FILE else {}
     onnx_ir.save(program, path, **beside)
+
+
+def _name_sizes(graph) -> None:
+    """Names the sizes that vary: transformers.js begins its cache by the name of its first, the batch."""
+    import onnx_ir
+
+    for value in graph.inputs:
+        names = SIZES["past_key_values" if value.name.startswith("past_key_values") else value.name]
+        sizes = [size if isinstance(size, int) else names[axis] for axis, size in enumerate(value.shape)]
+        value.shape = onnx_ir.Shape(sizes)
 
 
 def _pack_int4(program):

@@ -34,6 +34,8 @@ def list_shapes(model: nn.Module, config: PreTrainedConfig) -> tuple[dict, tuple
     }, tied
 
 
+# Where the published names of a llava have its tower.
+VIT_MODULE = "vision_tower.vision_model."
 # Settings that say how many modules a model is made of.
 COUNTS = re.compile(r"num_\w*layers|n_layers?|depths?|num_stages")
 
@@ -123,6 +125,8 @@ def compare_shapes(reader: CheckpointReader, model_class: type[nn.Module], confi
     expected, tied = list_shapes(model, config)
     if not set(stored) & set(expected):  # transformers' llava under the names of its modules
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    elif not any(name.startswith(VIT_MODULE) for name in stored):  # as newer versions of transformers save it
+        expected = {name.replace(VIT_MODULE, "vision_tower."): shape for name, shape in expected.items()}
     for what, names in (("missing", set(expected) - set(stored)), ("unknown", set(stored) - set(expected))):
         if names:
             return f"{len(names)} tensor(s) are {what}, the first is {min(names)}"

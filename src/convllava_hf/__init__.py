@@ -4,6 +4,7 @@ Importing this package registers its classes with transformers' Auto classes. Na
 """
 
 import importlib
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,10 @@ def __getattr__(name):
 def __dir__():
     return sorted([*globals(), *__all__])
 
+
+# bitsandbytes, which peft imports, asks for a package of faster kernels wherever there is none, also where nothing is
+# quantised.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # The command line registers inside its commands, so that `convllava --help` answers before torch has loaded.
 if Path(sys.argv[0] if sys.argv else "").name not in ("convllava", "convllava.exe"):

@@ -35,7 +35,7 @@ MATRIX = [
     ("smollm2", "convnext", "1x24", 64, "chatml", "<|im_end|>"),
     ("llama_3", "convnextv2", "1x24", 64, "llama_3", "<|eot_id|>"),
     ("phi_3", "dinov3_convnext", "1x32", 64, "phi_3", "<|end|>"),
-    ("gemma", "fastvit_mci3", None, 64, "gemma", "<end_of_turn>"),
+    ("gemma", "fastvit_t8", None, 32, "gemma", "<end_of_turn>"),
     ("mistral", "convnext_atto_ols", None, 32, "mistral_v3", "</s>"),
 ]
 # What the language models' own templates make of a question, an answer and a question, as far as they agree with ours.
@@ -236,8 +236,9 @@ def test_llava_pretraining_starts_from_init(data, tmp_path):
 @pytest.mark.parametrize(
     ("tower", "settings", "message"),
     [
-        ("resnet18", {"add_stage": "1x8"}, "--add-stage.*timm_wrapper"),
-        ("convnext_atto", {"architecture": "unireplknet_a"}, "'unireplknet_a', which cannot be built.*timm_wrapper"),
+        ("fastvit_t8", {"add_stage": "1x8"}, "--add-stage.*timm_wrapper"),
+        ("resnet18", {}, "'resnet18'.*ConvNeXt V2 or FastViT"),
+        ("convnext_atto", {"architecture": "unireplknet_a"}, "'unireplknet_a'.*timm_wrapper"),
     ],
 )
 def test_towers_that_cannot_be_used_are_refused_with_the_list(tower, settings, message, tmp_path):

@@ -117,7 +117,7 @@ def save_language_model(family: str, folder: Path) -> Path:
 
 
 def save_tower(name: str, folder: Path) -> Path:
-    """Writes a tower of four stages, five where its name says so; a timm model as its repository on the Hub."""
+    """Writes a tower of four stages; a timm model as its repository on the Hub."""
     torch.manual_seed(0)
     sizes = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 8, 16, 24]}
     configs = {"convnext": ConvNextConfig, "convnextv2": ConvNextV2Config, "dinov3_convnext": DINOv3ConvNextConfig}
@@ -132,12 +132,8 @@ def save_tower(name: str, folder: Path) -> Path:
         CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
         return folder
     arguments = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24)}
-    if name.startswith("fastvit"):
-        count = 5 if "mci3" in name else 4
-        arguments = {"layers": (1,) * count, "embed_dims": (4, 8, 16, 32, 64)[:count]}
-        arguments |= {"mlp_ratios": (2,) * count}
-    elif name.startswith("resnet"):
-        arguments = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    if not name.startswith("convnext"):
+        arguments = {}  # a FastViT comes in its own sizes
     model = timm.create_model(name, num_classes=3, **arguments)
     save_timm(model, folder, architecture=name, model_args=arguments, num_classes=3)
     return folder

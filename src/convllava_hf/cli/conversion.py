@@ -116,8 +116,8 @@ def init(
     """Build a new model from a tower and a language model.
 
     The projector, and a stage added to the tower, have fresh weights: the first training stage comes next. A ConvNeXt,
-    ConvNeXt V2 or DINOv3 ConvNeXt, or a timm model whose output is one map, makes a ConvLLaVA; CLIP and SigLIP make a
-    `llava` of transformers.
+    ConvNeXt V2, DINOv3 ConvNeXt or FastViT, of transformers or timm, makes a ConvLLaVA; CLIP and SigLIP make a `llava`
+    of transformers.
 
     \b
     Examples:

@@ -74,9 +74,9 @@ def init_model(
     """Builds a new model from a tower and a language model, ready for stage 1: projector and added stage are fresh.
 
     Args:
-        vision: Hub id or folder of a tower. With a ConvNeXt, ConvNeXt V2 or DINOv3 ConvNeXt of transformers, or a timm
-            model whose output is one map, the result is a [`ConvLlavaForConditionalGeneration`]; with CLIP or SigLIP it
-            is transformers' `LlavaForConditionalGeneration`.
+        vision: Hub id or folder of a tower. With a ConvNeXt, ConvNeXt V2 or DINOv3 ConvNeXt of transformers, or a
+            ConvNeXt, ConvNeXt V2 or FastViT of timm, the result is a [`ConvLlavaForConditionalGeneration`]; with CLIP
+            or SigLIP it is transformers' `LlavaForConditionalGeneration`.
         text: Hub id or folder of a causal language model of transformers.
         output: folder to make.
         resolution: side of the square images in pixels, a multiple of the tower's downsampling factor. Default: the

@@ -47,6 +47,7 @@ from ..checkpoints.weight_maps import (
     WeightMap,
     build_causal_lm_map,
 )
+from ..model.configuration_convllava import ConvLlavaConfig
 
 
 # What is read from the config.json of a released language model, whose `model_type` says "llava".
@@ -257,8 +258,8 @@ def read_tower(source: Source, others: bool = False) -> Tower:
 
     Args:
         source: the repository of a ConvNextModel, alone or in a classifier, of a timm model, or of an open_clip CLIP.
-        others: also take what a ConvNextModel cannot hold: ConvNeXt V2 and DINOv3's ConvNeXt of transformers, and any
-            timm model whose output is one map, as `timm_wrapper`. Their tensors keep their own names.
+        others: also take what a ConvNextModel cannot hold: ConvNeXt V2 and DINOv3's ConvNeXt of transformers, and the
+            other ConvNeXts and FastViTs of timm, as `timm_wrapper`. Their tensors keep their own names.
 
     Returns:
         The tower. Classification heads, projections and the text tower are dropped.
@@ -318,7 +319,7 @@ def read_tower(source: Source, others: bool = False) -> Tower:
 
 
 def _list_towers() -> str:
-    return f"; or, for init, {', '.join(OTHER_TOWERS)} (any timm model whose output is one map), or CLIP or SigLIP"
+    return f"; or, for init, {', '.join(OTHER_TOWERS)} (ConvNeXt, ConvNeXt V2, FastViT of timm), CLIP or SigLIP"
 
 
 def _read_other_tower(
@@ -343,6 +344,7 @@ def _read_other_tower(
             config = TimmWrapperConfig(architecture=settings["architecture"], model_args=arguments, do_pooling=False)
         else:
             images, config = {}, AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        ConvLlavaConfig(vision_config=config)  # refuses names and arguments that timm would fetch or unpickle
         with torch.device("meta"):
             expected = AutoModel.from_config(config).state_dict()
     except (ImportError, RuntimeError, TypeError, ValueError) as failure:

@@ -197,7 +197,7 @@ def draw_curve(title: str, points: list[tuple[int, float]], width: int = 320, he
         f'<text x="{left + (width - left) * step / last:.1f}" y="{height - 4}" fill="var(--dim)" '
         f'text-anchor="{"start" if step == 0 else "middle"}">{step:g}</text>'
         for step in choose_ticks(last)
-        if step < 0.85 * last
+        if step < 0.72 * last
     )
     faint, strong = (" ".join(place(*point) for point in line) for line in (points, average(points)))
     return (

@@ -80,7 +80,7 @@ def data(tmp_path_factory):
 
 @needs_training
 @pytest.mark.parametrize(("family", "tower", "add_stage", "factor", "template", "end"), MATRIX, ids=lambda value: value)
-def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tmp_path, photo):
+def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tmp_path, photo, recwarn):
     text, vision = save_language_model(family, tmp_path / "text"), save_tower(tower, tmp_path / "vision")
     model_path = init_model(vision, text, tmp_path / "model", resolution=128, add_stage=add_stage).output
     wrong = [check for check in check_checkpoint(model_path) if check.problem]
@@ -125,6 +125,7 @@ def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tm
     assert (stream.stats.finish_reason, stream.stats.new_tokens) == ("stop", 2)
     assert stream.stats.image_tokens == (128 // factor) ** 2
     assert convllava_hf.answer(model, processor, "What?", photo, max_new_tokens=2) is not None
+    assert not [str(warning.message) for warning in recwarn if warning.category is FutureWarning]
 
 
 @pytest.mark.parametrize("family", RENDERED)
@@ -223,7 +224,7 @@ def test_init_makes_a_llava_of_a_vit(tower, tmp_path, photo):
 
 
 @needs_training
-def test_llava_pretraining_starts_from_init(data, tmp_path):
+def test_llava_pretraining_starts_from_init_without_a_warning(data, tmp_path, recwarn):
     text, vision = save_language_model("qwen3", tmp_path / "text"), save_tower("clip", tmp_path / "vision")
     path = init_model(vision, text, tmp_path / "model").output
     arguments = ["--model_name_or_path", str(path), "--dataset_name", str(data), *TRAINING.split()]
@@ -231,6 +232,7 @@ def test_llava_pretraining_starts_from_init(data, tmp_path):
     arguments += ["--dataloader_num_workers", "0", "--output_dir", str(tmp_path / "stage1")]
     trainer = run_recipe("llava_pretrain", arguments)
     assert trainer.state.global_step == 1
+    assert not [str(warning.message) for warning in recwarn if warning.category is FutureWarning]
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         OSError: another run writes to `output_dir`.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
-    # TRL's own default, under a name that transformers renames.
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
+    # TRL and PEFT use a setting by a name that transformers has changed.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
     file = find_file("recipe", recipe)
     script, args, model, mixture = get_parser().parse_args_and_config(["--config", str(file), *arguments])
     if args.trust_remote_code:

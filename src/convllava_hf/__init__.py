@@ -38,9 +38,10 @@ def __dir__():
     return sorted([*globals(), *__all__])
 
 
-# bitsandbytes, which peft imports, asks for a package of faster kernels wherever there is none, also where nothing is
-# quantised.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Where bitsandbytes or torchao is installed, peft and transformers import it, also where nothing is quantised: the one
+# asks for a package of faster kernels, the other uses a function that torch calls old.
+for _name in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # The command line registers inside its commands, so that `convllava --help` answers before torch has loaded.
 if Path(sys.argv[0] if sys.argv else "").name not in ("convllava", "convllava.exe"):

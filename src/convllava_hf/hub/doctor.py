@@ -216,6 +216,8 @@ def _find_infinite(reader: CheckpointReader) -> str | None:
 def _find_relabelled(reader: CheckpointReader, settings: dict) -> str | None:
     packed = find_packed(reader.tensors)
     weights = {name: reader.tensors[name] for name in count_parameters(reader.tensors) if name not in packed}
+    # Batch norms count their batches, in whole numbers.
+    weights = {name: stored for name, stored in weights.items() if not name.endswith(".num_batches_tracked")}
     if find_quantization(settings) is None:
         whole = [name for name, stored in weights.items() if not stored.dtype.is_floating_point]
         if whole:

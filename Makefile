@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-slow test-floor quality style clean stale
+.PHONY: help install quickstart demo test test-slow test-floor docs dist quality style clean stale
 .DELETE_ON_ERROR:
 
 help:  ## list the targets and the variables
@@ -67,6 +67,14 @@ test-slow: $(READY)  ## the tests that the default run leaves out because they t
 
 test-floor: $(FLOOR_READY)  ## the default tests with the lowest supported versions, in a second environment
 	CONVLLAVA_HF_FLOOR=1 $(FLOOR_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+docs: $(READY)  ## build the pages of docs/ as a site into build/site; broken links are errors
+	@$(PY) -c "import mkdocs" || { echo "the site needs the extra docs: make docs EXTRAS=dev,docs" >&2; exit 1; }
+	$(PY) -m mkdocs build --strict
+
+dist: $(READY)  ## build wheel and sdist into dist/
+	mkdir -p dist
+	$(PY) -c 'from setuptools.build_meta import build_sdist, build_wheel; build_sdist("dist"); build_wheel("dist")'
 
 quality: $(READY)  ## check style and formatting
 	$(PY) -m ruff check .

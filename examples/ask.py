@@ -4,7 +4,8 @@
     python examples/ask.py photo.jpg "What is in this picture?" --model MODEL
 
 MODEL is a Hub id or a folder. Without it the script takes the tiny model that `make quickstart` trains, and without an
-image it draws one that this model knows: a shape in each of some corners.
+image it draws a page as this model knows them, one coloured shape in a corner, and asks what it was trained on. That
+model answers such questions and no others.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import convllava_hf  # noqa: F401 -- registers ConvLLaVA with transformers
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("image", nargs="?", help="path or URL")
-parser.add_argument("question", nargs="?", default="Which shape is at the top left?")
+parser.add_argument("question", nargs="?", default="Which colour is the circle?")
 parser.add_argument("--model", default="quickstart/checkpoint")
 parser.add_argument("--max-new-tokens", type=int, default=64)
 arguments = parser.parse_args()
@@ -30,8 +31,9 @@ image = arguments.image
 if image is None:
     image = Image.new("RGB", (128, 128), "white")
     draw = ImageDraw.Draw(image)
-    draw.ellipse((14, 14, 50, 50), fill=(215, 40, 40))
-    draw.rectangle((78, 78, 114, 114), fill=(40, 80, 215))
+    draw.ellipse((12, 12, 54, 54), fill=(215, 40, 40))
+    if arguments.question == parser.get_default("question"):
+        print("a white page with a red circle at the top left; expected: red")
 
 # Many CPUs compute bfloat16, the dtype of most checkpoints, a hundred times slower than float32.
 dtype = "auto" if torch.accelerator.is_available() else torch.float32

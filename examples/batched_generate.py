@@ -1,9 +1,10 @@
-"""Answer a batch of chats at once: images of different sizes, several images in one chat, and chats without any.
+"""Answer a batch of chats at once: images of different sizes, and a chat without any.
 
     pip install convllava-hf
     python examples/batched_generate.py --model MODEL
 
-MODEL is a Hub id or a folder. Without it the script takes the tiny model that `make quickstart` trains.
+MODEL is a Hub id or a folder. Without it the script takes the tiny model that `make quickstart` trains. The questions
+are those that this model was trained on, and what it should say stands beside its answers.
 
 Rows of a batch are padded on the left, so that every answer starts where its prompt ends. Images go through the vision
 tower in groups of equal size; what pads them in the batch is never computed. With --native each image keeps its aspect
@@ -36,20 +37,29 @@ model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=dtype
 if arguments.native:
     processor.image_processor.image_aspect_ratio = "native"
 
-page = Image.new("RGB", (128, 128), "white")
-draw = ImageDraw.Draw(page)
-draw.ellipse((14, 14, 50, 50), fill=(215, 40, 40))
-draw.rectangle((78, 78, 114, 114), fill=(40, 80, 215))
-wide = page.crop((0, 0, 128, 64))
+
+def draw_page(*shapes: tuple[str, tuple[int, int], tuple[int, int, int]]) -> Image.Image:
+    """A white page with shapes of 42 pixels: kind, corner, colour."""
+    page = Image.new("RGB", (128, 128), "white")
+    draw = ImageDraw.Draw(page)
+    for kind, (x, y), colour in shapes:
+        (draw.ellipse if kind == "circle" else draw.rectangle)((x, y, x + 42, y + 42), fill=colour)
+    return page
+
+
+RED, BLUE = (215, 40, 40), (40, 80, 215)
+one = draw_page(("circle", (11, 11), RED))
+two = draw_page(("circle", (11, 11), RED), ("square", (75, 75), BLUE))
+# Question, images, and what a model says that was trained on such pages.
 questions = [
-    ("Which shape is at the top left?", [page]),
-    ("Which colour is at the bottom right?", [page.resize((384, 384))]),
-    ("Is the square on the first page or on the second?", [wide, page]),
-    ("Which is larger, 12 or 45?", []),
+    ("Which colour is the circle?", [one], "red"),
+    ("Where is the circle?", [one.resize((384, 384))], "top left"),
+    ("How many shapes are there?", [two], "2"),
+    ("nothing, blue star, nothing, nothing. Which colour is the star?", [], "blue"),
 ]
 
 chats = []
-for question, images in questions:
+for question, images, _ in questions:
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     chats.append([{"role": "user", "content": content}])
 
@@ -66,5 +76,5 @@ tokens = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sa
 new_tokens = tokens[:, inputs["input_ids"].shape[1] :]  # (rows, prompt + new) -> (rows, new)
 answers = processor.batch_decode(new_tokens, skip_special_tokens=True)
 
-for (question, images), answer in zip(questions, answers, strict=True):
-    print(f"[{len(images)} images] {question} -> {answer.strip()}")
+for (question, images, expected), answer in zip(questions, answers, strict=True):
+    print(f"[{len(images)} images] {question} -> {answer.strip()} (expected: {expected})")

@@ -25,7 +25,9 @@ FORMATS = {
 }
 # Formats of the early code that no released checkpoint uses.
 UNUSED = {"simple", "simple_legacy", "multimodal", "mpt_multimodal", "mpt_text", "LLaVAR/mpt", "bair_v1"}
-WITH_SYSTEM = sorted({*FORMATS.values(), "chatml"})
+# Of the language models that new models are built from; `test_own_parts` holds them against the models' own.
+FAMILIES = {"chatml", "llama_3", "phi_3", "gemma", "mistral_v3"}
+WITH_SYSTEM = sorted({*FORMATS.values(), *FAMILIES})
 IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "What is it?"}
 
 
@@ -38,7 +40,7 @@ def render(name, messages, **kwargs):
 
 
 def test_the_templates_that_the_package_ships():
-    assert sorted(TEMPLATES) == sorted({*FORMATS.values(), "chatml", "plain"}) and len(TEMPLATES) == 15
+    assert sorted(TEMPLATES) == sorted({*FORMATS.values(), *FAMILIES, "plain"}) and len(TEMPLATES) == 19
 
 
 def test_readme_shows_every_template_as_it_renders():
@@ -117,7 +119,8 @@ ENDS = {
     **dict.fromkeys(["llama_2", "llava_llama_2", "mistral_instruct"], " </s>"),
     **dict.fromkeys(["chatml", "mpt", "chatml_direct"], "<|im_end|>"),
     **dict.fromkeys(["llava_v0", "v0_mmtag"], "###"),
-    **{"phi": "<|endoftext|>", "plain": "\n"},
+    **{"phi": "<|endoftext|>", "plain": "\n", "llama_3": "<|eot_id|>", "phi_3": "<|end|>"},
+    **{"gemma": "<end_of_turn>", "mistral_v3": "</s>"},
 }
 
 
@@ -130,6 +133,17 @@ def test_marks_cover_answers_and_the_end_of_the_turn(name, end):
     text, marked = render(name, messages)
     assert [span.lstrip(" ") for span in marked] == [answer + end for _, answer in turns]
     assert ("First?" in text) == (name != "plain")
+
+
+@pytest.mark.parametrize("name", sorted({*ENDS} - {"plain"}))
+def test_an_answer_after_its_prompt_ends_with_its_turn(name):
+    """Prompt and completion, as preference data holds them: nothing behind the end is trained, and the chat begins with
+    its prompt."""
+    question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}
+    prompt, _ = render(name, [question], add_generation_prompt=True)
+    whole, _ = render(name, [question, answer])
+    assert whole.startswith(prompt)
+    assert whole.removeprefix(prompt).strip(" ") == f"This.{ENDS[name]}"
 
 
 def test_an_image_tag_stands_for_every_image():

@@ -20,7 +20,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 NAME = "convllava-hf"
 EXTRAS = {
-    *("train", "demo", "eval", "serving", "ray", "onnx", "openvino", "gguf", "flash-attn", "quantization", "dev"),
+    *("train", "demo", "eval", "serving", "ray", "onnx", "openvino", "gguf", "flash-attn", "quantization"),
+    *("docs", "dev"),
 }
 # Import names that differ from the names of their distributions.
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "yaml": "pyyaml"}
@@ -143,6 +144,41 @@ def test_every_import_is_declared(setup_cfg, folder, extras):
                 assert distribution in {name.replace("_", "-") for name in declared}, (
                     f"{path.relative_to(ROOT)}:{node.lineno} imports {package}, which setup.cfg does not declare"
                 )
+
+
+@pytest.mark.slow
+def test_a_wheel_asks_in_a_bare_environment(tmp_path):
+    """`make dist`, then a new environment that has the requirements and, by pip, the wheel; a minute of importing."""
+    from tiny_checkpoint import save_tiny_checkpoint
+
+    project = tmp_path / "project"
+    ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    shutil.copytree(ROOT / "src", project / "src", ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, project)
+    subprocess.run(["make", "dist", f"PY={sys.executable}"], cwd=project, check=True, capture_output=True, timeout=300)
+    (wheel,) = (project / "dist").glob("*.whl")
+    assert list((project / "dist").glob("*.tar.gz"))
+
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", str(bare)], check=True, timeout=300)
+    install = [str(bare / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    (packages,) = bare.glob("lib/python*/site-packages")
+    requirements = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "requirements.pth").write_text("\n".join(requirements))
+    model, empty = save_tiny_checkpoint(tmp_path / "model"), tmp_path / "empty"
+    empty.mkdir()
+    command = [bare / "bin" / "convllava", "ask", "What is it?", "--model", model, "--max-new-tokens", "3", "--json"]
+    environment = {**os.environ, "HOME": str(empty), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=empty, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '"new_tokens": 3' in done.stdout
+    where = [str(bare / "bin" / "python"), "-c", "import convllava_hf; print(convllava_hf.__file__)"]
+    done = subprocess.run(where, cwd=empty, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith(str(packages))
 
 
 def test_public_names_exist():

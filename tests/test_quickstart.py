@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -91,3 +93,70 @@ def test_a_miniature_run(tmp_path, monkeypatch):
     model, processor = load(tmp_path / "checkpoint")
     reply = answer(model, processor, "What is it?", tmp_path / "samples" / "page.png", max_new_tokens=3)
     assert isinstance(reply, str)
+
+
+@pytest.mark.slow
+def test_examples_are_answered_as_they_say(capsys, monkeypatch, tmp_path_factory):
+    """On the checkpoint of `make quickstart`: the one in QUICKSTART, or one that is trained here in some minutes."""
+    folder = Path(os.environ.get("QUICKSTART") or FOLDER.parents[1] / "quickstart")
+    if not (folder / "checkpoint").is_dir():
+        folder = tmp_path_factory.mktemp("quickstart")
+        importlib.import_module("run").main(folder, seed=0)
+    for script, count in (("ask.py", 1), ("batched_generate.py", 4)):
+        monkeypatch.setattr(sys, "argv", [script, "--model", str(folder / "checkpoint")])
+        capsys.readouterr()
+        runpy.run_path(str(FOLDER.parent / script), run_name="__main__")
+        lines = [line for line in capsys.readouterr().out.splitlines() if line]
+        if script == "ask.py":
+            assert lines == ["a white page with a red circle at the top left; expected: red", "red"]
+        else:
+            pairs = [line.split(" -> ")[1].removesuffix(")").split(" (expected: ") for line in lines]
+            assert len(pairs) == count and all(found == expected for found, expected in pairs), lines
+
+
+def make_results() -> tuple[dict, dict, list[dict]]:
+    """What the report is drawn from, with a known curve and one wrong answer."""
+    pages = importlib.import_module("pages")
+    tasks = dict.fromkeys(pages.TASKS, 0.9)
+    results = {
+        "seed": 0,
+        "parameters": 1000,
+        "training_pages": 10,
+        "questions": {**dict.fromkeys(pages.TASKS, 90), "overall": 630},
+        "accuracy": {
+            "overall": 0.9,
+            "overall_images_swapped": 0.2,
+            "tasks": tasks,
+            "tasks_images_swapped": dict.fromkeys(pages.IMAGE_TASKS, 0.2),
+        },
+        "targets": {"overall": 0.9, "each_image_task": 0.8},
+        "targets_met": True,
+        "seconds": {"stage 1": {"wall": 3.0, "cpu": 5.0}, "total": {"wall": 3.0, "cpu": 5.0}},
+    }
+    losses = {"stage 1": [(step, 4.0 if step < 30 else 1.0) for step in range(1, 61)]}
+    page = pages.make_pages("test", 1, seed=0)[0].image
+    sample = {"task": "digit", "image": page, "question": "Which digit?", "answer": "3", "truth": "8"}
+    return results, losses, [sample]
+
+
+def test_the_report_shows_wrong_answers_or_says_that_there_are_none(tmp_path):
+    report = importlib.import_module("report")
+    results, losses, samples = make_results()
+    report.write_report(str(tmp_path / "one.html"), results, losses, [], samples)
+    text = (tmp_path / "one.html").read_text()
+    assert "1 of 630 answers are wrong. All of them:" in text and text.count('class="wrong"') == 1
+    report.write_report(str(tmp_path / "none.html"), results, losses, [], [])
+    assert "There are none: all 630 questions were answered exactly." in (tmp_path / "none.html").read_text()
+    report.write_report(str(tmp_path / "many.html"), results, losses, [], samples * 50)
+    assert (tmp_path / "many.html").read_text().count('class="wrong"') == 10
+    assert f"transformers {transformers.__version__}" in text and "processor cores" in text
+
+
+def test_the_running_mean_is_a_mean_and_ticks_are_round(tmp_path):
+    report = importlib.import_module("report")
+    points = [(step, float(step)) for step in range(1, 101)]
+    smooth = report.average(points, 10)
+    assert smooth[0] == (10, 5.5) and smooth[-1] == (100, 95.5) and len(smooth) == 91
+    assert report.average(points[:3], 10) == [(3, 2.0)]
+    assert report.choose_ticks(4.2) == [0, 2, 4] and report.choose_ticks(0.9) == [0, 0.5]
+    assert report.choose_ticks(107) == [0, 50, 100] and report.choose_ticks(8.0) == [0, 2, 4, 6, 8]

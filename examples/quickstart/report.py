@@ -2,6 +2,10 @@
 
 import base64
 import html
+import math
+import os
+import platform
+from importlib.metadata import version
 from io import BytesIO
 
 
@@ -37,17 +41,38 @@ tr.sum td { font-weight: 700; }
 .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 4px; background: var(--main); }
 .bar u { position: absolute; top: -2px; bottom: -2px; width: 3px; background: var(--bad); }
 svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; }
+@media (max-width: 600px) {
+  body { padding: 24px 14px 48px; }
+  h1 { font-size: 23px; }
+  h2 { margin-top: 30px; }
+  .cards { gap: 10px; --least: 130px !important; }
+  .cards.curves { grid-template-columns: 1fr; }
+  .card { padding: 10px; }
+  .card b { font-size: 21px; }
+  th, td { padding: 6px 6px; white-space: normal; }
+  th, .card dl { font-size: 12px; }
+  table { font-size: 13px; }
+  .bar { min-width: 44px; }
+}
 """
+# Wrong answers that the page shows at most, and logged values of a running mean.
+SHOWN_WRONG = 12
+RUNNING_MEAN = 20
+PACKAGES = ("torch", "transformers", "trl")
 
 
-def write_report(path: str, results: dict, losses: dict[str, list[tuple[int, float]]], samples: list[dict]) -> None:
+def write_report(
+    path: str, results: dict, losses: dict[str, list[tuple[int, float]]], samples: list[dict], wrong: list[dict]
+) -> None:
     """Write the page.
 
     Args:
         path: file to write.
         results: what `results.json` holds.
         losses: for each part of the training, pairs of step and loss.
-        samples: `task`, `image` (Pillow image or None), `question`, `answer` and `truth` of some test questions.
+        samples: `task`, `image` (Pillow image or None), `question`, `answer` and `truth` of some test questions, drawn
+            without regard to their answers.
+        wrong: the same of all questions whose answer is wrong.
     """
     accuracy, targets = results["accuracy"], results["targets"]
     verdict = "met" if results["targets_met"] else "not met"
@@ -59,6 +84,7 @@ def write_report(path: str, results: dict, losses: dict[str, list[tuple[int, flo
         ("parameters", f"{results['parameters']:,}"),
         (f"targets {verdict}", f"{percent(targets['overall'], 0)} / {percent(targets['each_image_task'], 0)}"),
     ]
+    curves = "".join(draw_curve(title, points) for title, points in losses.items())
     body = f"""
 <h1>A ConvLLaVA trained from nothing</h1>
 <p>Seed {results["seed"]}. A model with five convolutional stages sees each page of 128 x 128 pixels as four tokens. It
@@ -70,15 +96,18 @@ never saw.</p>
 same questions, each with the page of another question of its task. What is left there is guessing.</p>
 <div class="wide">{draw_table(results)}</div>
 <h2>Training</h2>
-<p>Loss over steps: faint as logged, strong as a running mean. Stage 0 stands in for pretrained parts, which cannot be
-had without a network; stages 1 to 3 are those of ConvLLaVA.</p>
-<div class="cards" style="--least: 300px">{"".join(draw_curve(title, points) for title, points in losses.items())}</div>
+<p>Loss over steps: faint as logged, strong the mean of the last {RUNNING_MEAN} values. Stage 0 stands in for
+pretrained parts, which cannot be had without a network; stages 1 to 3 are those of ConvLLaVA.</p>
+<div class="cards curves" style="--least: 300px">{curves}</div>
 <h2>Some of the questions</h2>
-<p>Drawn at random from the test split, wrong answers included.</p>
+<p>Of each task the first three that were drawn from the test split, whatever was answered.</p>
 <div class="cards" style="--least: 170px">{"".join(draw_sample(sample) for sample in samples)}</div>
+<h2>Wrong answers</h2>
+{draw_wrong(wrong, results["questions"]["overall"])}
 <h2>Time</h2>
 <p>Wall-clock seconds, and processor seconds of all threads beside them.</p>
 <div class="wide">{draw_times(results["seconds"])}</div>
+<p>{html.escape(describe_machine())}</p>
 """
     with open(path, "w", encoding="utf-8") as file:
         file.write(
@@ -116,6 +145,41 @@ def draw_table(results: dict) -> str:
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table>"
 
 
+def draw_wrong(wrong: list[dict], count: int) -> str:
+    """Wrong answers as cards, evenly from all of them, with how many there are; a sentence if there are none."""
+    if not wrong:
+        return f"<p>There are none: all {count} questions were answered exactly.</p>"
+    step = max(1, math.ceil(len(wrong) / SHOWN_WRONG))
+    shown = wrong[::step]
+    which = "All of them" if len(shown) == len(wrong) else f"{len(shown)} of them, evenly from all tasks"
+    cards = "".join(draw_sample(sample) for sample in shown)
+    return (
+        f"<p>{len(wrong)} of {count} answers are wrong. {which}:</p>"
+        f'<div class="cards" style="--least: 170px">{cards}</div>'
+    )
+
+
+def describe_machine() -> str:
+    """Versions and processor, without the name of the machine."""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {versions}; {platform.machine()}, {os.cpu_count()} processor cores."
+
+
+def average(points: list[tuple[int, float]], window: int = RUNNING_MEAN) -> list[tuple[int, float]]:
+    """The mean of each value and those before it, `window` together, at most; starts where a window is full."""
+    values = [loss for _, loss in points]
+    window = min(window, len(points))
+    return [(points[end - 1][0], sum(values[end - window : end]) / window) for end in range(window, len(points) + 1)]
+
+
+def choose_ticks(top: float, count: int = 4) -> list[float]:
+    """Round numbers from 0 to `top`: steps of 1, 2 or 5 times a power of ten, about `count` of them."""
+    rough = top / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [round(index * step, 10) for index in range(math.floor(top / step) + 1)]
+
+
 def draw_curve(title: str, points: list[tuple[int, float]], width: int = 320, height: int = 160) -> str:
     """A card with one loss curve as SVG; the axes start at zero."""
     left, bottom = 34, 20  # pixels for the labels
@@ -124,17 +188,18 @@ def draw_curve(title: str, points: list[tuple[int, float]], width: int = 320, he
     def place(step: float, loss: float) -> str:
         return f"{left + (width - left) * step / last:.1f},{(height - bottom) * (1 - loss / top):.1f}"
 
-    smooth, mean = [], points[0][1]
-    weight = min(1.0, 12 / len(points))
-    for step, loss in points:
-        mean += weight * (loss - mean)
-        smooth.append((step, mean))
     grid = "".join(
         f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="var(--dim)">{value:.2g}</text>'
-        for value, y in ((top * k / 4, (height - bottom) * (1 - k / 4)) for k in range(4))
+        f'<text x="{left - 6}" y="{max(y + 4, 9):.1f}" text-anchor="end" fill="var(--dim)">{value:g}</text>'
+        for value, y in ((value, (height - bottom) * (1 - value / top)) for value in choose_ticks(top))
     )
-    faint, strong = (" ".join(place(*point) for point in line) for line in (points, smooth))
+    grid += "".join(
+        f'<text x="{left + (width - left) * step / last:.1f}" y="{height - 4}" fill="var(--dim)" '
+        f'text-anchor="{"start" if step == 0 else "middle"}">{step:g}</text>'
+        for step in choose_ticks(last)
+        if step < 0.72 * last
+    )
+    faint, strong = (" ".join(place(*point) for point in line) for line in (points, average(points)))
     return (
         f'<div class="card"><h3>{html.escape(title)}</h3><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="loss over steps, {html.escape(title)}">{grid}'

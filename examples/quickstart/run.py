@@ -204,7 +204,8 @@ def main(
     (output / "samples").mkdir(exist_ok=True)
     about_images[0]["image"].save(output / "samples" / "page.png")
     samples = [question for task in TASKS for question in by_task[task][:3]]
-    write_report(str(output / "report.html"), results, losses, samples)
+    wrong = [question for question in questions if question["answer"] != question["truth"]]
+    write_report(str(output / "report.html"), results, losses, samples, wrong)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     print(f"\n{'task':10} {'questions':>9} {'exact':>7} {'pictures swapped':>17}")

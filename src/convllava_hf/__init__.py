@@ -4,6 +4,7 @@ Importing this package registers its classes with transformers' Auto classes. Na
 """
 
 import importlib
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,11 @@ def __getattr__(name):
 def __dir__():
     return sorted([*globals(), *__all__])
 
+
+# Where bitsandbytes or torchao is installed, peft and transformers import it, also where nothing is quantised: the one
+# asks for a package of faster kernels, the other uses a function that torch calls old.
+for _name in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # The command line registers inside its commands, so that `convllava --help` answers before torch has loaded.
 if Path(sys.argv[0] if sys.argv else "").name not in ("convllava", "convllava.exe"):

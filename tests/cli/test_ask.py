@@ -135,7 +135,7 @@ def test_sampling_is_repeatable(checkpoint):
         (["What?", "-m", "no-such-model"], "cannot load 'no-such-model'"),
         (["What?", "--device", "cuda:99"], "device='cuda:99' is not present here; torch sees cpu"),
         (["What?", "--dtype", "int8"], "dtype='int8'; expected"),
-        (["What?", "--quantize", "2bit"], "quantize='2bit'; expected '4bit' or '8bit'"),
+        (["What?", "--quantize", "2bit"], "quantize='2bit'; expected '4bit', '8bit' or 'int8'"),
         (["What?", "--max-new-tokens", "600"], "no room for max_new_tokens=600: the model takes 512"),
         (["<image> What?"], "the text contains '<image>'"),
     ],
@@ -145,7 +145,7 @@ def test_wrong_input_is_one_line_on_stderr(arguments, message, checkpoint, image
     if "-m" not in arguments:
         arguments += ["-m", str(checkpoint)]
     code, out, err = run("ask", *arguments)
-    assert (code, out) == (2, "")
+    assert (code, out) == (3, "")
     last = err.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in err
@@ -226,7 +226,7 @@ def test_chat_keeps_history_and_images(checkpoint, image, monkeypatch):
 )
 def test_a_piped_chat_ends_with_the_first_error(line, message, checkpoint):
     code, out, err = run("chat", "-m", checkpoint, "--max-new-tokens", 2, stdin=f"{line}\nHello?\n")
-    assert (code, out) == (2, "")
+    assert (code, out) == (3, "")
     assert message in err.replace("\r", "\n").splitlines()[-1]
 
 

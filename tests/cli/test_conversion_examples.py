@@ -36,14 +36,14 @@ def test_convert_reports_and_never_overwrites(llm, reference, tmp_path):
     assert report["counts"]["read"] == 108 and len(report["sources"]) == 2
     before = (output / "config.json").stat().st_mtime_ns
     again = call(*command)
-    assert again.exit_code == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
+    assert again.exit_code == 3 and "--force" in again.stderr and again.stderr.count("\n") == 1
     assert (output / "config.json").stat().st_mtime_ns == before
 
 
 def test_a_missing_tower_is_one_line_and_leaves_nothing(llm, tmp_path):
     command = [CONVLLAVA, "convert", llm, "--output", tmp_path / "converted"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 2 and "--vision-tower" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 3 and "--vision-tower" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,7 +47,7 @@ def test_build_check_and_show(files, checkpoint, tmp_path, aligned_masks):
     code, text = run("check", output, "--model", checkpoint, "--max-length", 500)
     assert code == 0 and "all: 4 read, 0 skipped, 4 written" in text
     code, text = run("check", output, "--model", checkpoint, "--max-length", 20)
-    assert code == 2 and re.search(
+    assert code == 1 and re.search(
         r"train, row 0 .one-00000.parquet.: row too long: has \d+ tokens, 1 images included", text
     )
 
@@ -89,9 +89,9 @@ def test_bad_input_is_named_in_one_line(files, tmp_path):
     ):
         code, text = run("build", *arguments, "--num-proc", 1, "--force")
         last = text.strip().splitlines()[-1]
-        assert code == 2 and re.match(f"error: .*{error}", last), text
+        assert code == 3 and re.match(f"error: .*{error}", last), text
         assert not output.exists()
-    assert run("check", tmp_path / "nothing")[0] == run("show", tmp_path, "-o", tmp_path / "x.html")[0] == 2
+    assert run("check", tmp_path / "nothing")[0] == run("show", tmp_path, "-o", tmp_path / "x.html")[0] == 3
 
     code, text = run("build", "--llava-json", bad, "--image-root", files, "-o", output, "--on-error", "skip", "--force")
     assert code == 0 and "3 read, 1 skipped, 2 written" in text and "bad.json, row 2 (line 1): missing image" in text
@@ -104,7 +104,7 @@ def test_pages_are_refused_where_they_would_be_wrong(files, tmp_path):
     (files / "a.png").rename(files / "b.png")
     code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html")
     (files / "b.png").rename(files / "a.png")
-    assert code == 2 and re.search(r"train, row 0: .*a.png.*; see `convllava data check`", text)
+    assert code == 3 and re.search(r"train, row 0: .*a.png.*; see `convllava data check`", text)
     assert not (tmp_path / "page.html").exists()
 
 
@@ -119,9 +119,9 @@ def test_chosen_and_skipped_rows_are_shown(files, tmp_path):
     assert run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--rows", "0-1,1")[0] == 0
     for rows, error in (("2", "no row 2 in train: it has 2 rows"), ("a", "--rows 'a': expected numbers")):
         code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--rows", rows)
-        assert code == 2 and error in text
+        assert code == 3 and error in text
     code, text = run("show", tmp_path / "d", "--out", tmp_path / "page.html", "--split", "test")
-    assert code == 2 and "no split 'test'; it has train" in text
+    assert code == 3 and "no split 'test'; it has train" in text
 
 
 def test_check_and_show_number_rows_as_datasets_does(files, tmp_path):
@@ -173,7 +173,7 @@ def test_the_picture_is_what_the_model_gets(checkpoint):
 def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("convllava_hf.cli.data.find_spec", lambda name: None)
     code, text = run("check", tmp_path)
-    assert code == 2 and text == "error: training data needs the extra `train`: pip install 'convllava-hf[train]'.\n"
+    assert code == 3 and text == "error: training data needs the extra `train`: pip install 'convllava-hf[train]'.\n"
 
 
 def test_mixtures_are_listed():
@@ -193,24 +193,24 @@ def test_llava_of_transformers_counts_and_shows_too(files, tmp_path, aligned_mas
     code, text = run("check", output, "--model", model, "--max-length", max(lengths))
     assert code == 0
     code, text = run("check", output, "--model", model, "--max-length", max(lengths) - 1)
-    assert code == 2 and f"has {max(lengths)} tokens" in text
+    assert code == 1 and f"has {max(lengths)} tokens" in text
 
 
 def test_tokens_are_counted_at_the_size_of_the_training(files, checkpoint, tmp_path):
     output, options = tmp_path / "out", ["--model", checkpoint, "--max-length", 500, "--image-size", 1536]
     build = ["build", "--llava-json", files / "one.json", "--image-root", files, "-o"]
     code, text = run(*build, tmp_path / "long", *options)
-    assert code == 2 and "row too long" in text and "1 images included; at most 500" in text
+    assert code == 3 and "row too long" in text and "1 images included; at most 500" in text
     code, text = run(*build, tmp_path / "long", *options[:4], "--image-size", 128)
-    assert code == 2 and "unfinished build with other settings (image_processor)" in text
+    assert code == 3 and "unfinished build with other settings (image_processor)" in text
     assert run(*build, output)[0] == 0
     assert run("check", output, *options[:4])[0] == 0
     code, text = run("check", output, *options)
-    assert code == 2 and "row too long" in text
+    assert code == 1 and "row too long" in text
     code, text = run("check", output, "--image-size", 256)
-    assert code == 2 and "--image-size 256 needs --model" in text
+    assert code == 3 and "--image-size 256 needs --model" in text
     code, text = run("check", output, *options[:4], "--image-size", 250)
-    assert code == 2 and "image_size=250; expected a multiple of 64" in text
+    assert code == 3 and "image_size=250; expected a multiple of 64" in text
 
 
 def test_rows_with_texts_for_contents_are_checked_and_drawn(tmp_path):

@@ -35,9 +35,9 @@ def test_plan_prints_what_is_trained(checkpoint):
 
 def test_plan_refuses_what_is_not_there(checkpoint):
     code, text = run("plan", checkpoint, "--stage", 4)
-    assert code == 2 and text.startswith("error: stage=4; expected 1 (projector initialisation), 2 (pretraining) or 3")
+    assert code == 3 and text.startswith("error: stage=4; expected 1 (projector initialisation), 2 (pretraining) or 3")
     code, text = run("plan", checkpoint, "--stage", 2, "--dtype", "int8")
-    assert code == 2 and "dtype='int8'; expected float32, bfloat16 or float16" in text
+    assert code == 3 and "dtype='int8'; expected float32, bfloat16 or float16" in text
 
 
 def test_recipes_are_listed_found_and_shown():
@@ -47,14 +47,14 @@ def test_recipes_are_listed_found_and_shown():
     assert code == 0 and Path(text.strip()).is_file()
     assert run("recipe", "convllava_stage2", "--show")[1].strip() == Path(text.strip()).read_text().strip()
     code, text = run("recipe", "nothing")
-    assert code == 2 and "no recipe 'nothing'; expected a YAML file or one of: convllava_stage1" in text
+    assert code == 3 and "no recipe 'nothing'; expected a YAML file or one of: convllava_stage1" in text
 
 
 def test_train_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("learning_rate: 1.0e-3\noutput_dir: out\n")
     monkeypatch.chdir(tmp_path)
     code, text = run("train", tmp_path / "mine.yaml", "--bf16", "false")
-    assert code == 2 and text.strip().splitlines()[-1].startswith("error: no model to train: pass")
+    assert code == 3 and text.strip().splitlines()[-1].startswith("error: no model to train: pass")
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
 
 
@@ -64,4 +64,4 @@ def test_plan_of_other_models_prints_what_they_take(tmp_path, checkpoint):
         code, text = run("plan", llava, "--stage", stage)
         assert code == 0 and "trainable: ['multi_modal_projector" in text and "init_kwargs" not in text
     code, text = run("plan", checkpoint, "--stage", 3, "--vision-from", "stage4")
-    assert code == 2 and "--vision-from stage4 is for stage 2" in text
+    assert code == 3 and "--vision-from stage4 is for stage 2" in text

@@ -297,4 +297,4 @@ def test_commands(tmp_path):
     result = run("make-delta", *arguments, tmp_path / "delta")
     assert result.exit_code == 0 and "all but 0 values" in result.stdout, result.output
     wrong = run("make-delta", *arguments, folder / "base")
-    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "overlap" in wrong.stderr
+    assert wrong.exit_code == 3 and wrong.stderr.count("\n") == 1 and "overlap" in wrong.stderr

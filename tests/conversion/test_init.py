@@ -160,6 +160,6 @@ def test_init_wants_a_template_that_fits(parts, tmp_path):
     content = (tmp_path / "text" / "tokenizer.json").read_text().replace("<|im_end|>", "<|im_stop|>")
     (tmp_path / "text" / "tokenizer.json").write_text(content)
     edit_json(tmp_path / "text" / "tokenizer_config.json", extra_special_tokens=[])
-    with pytest.raises(ConversionError, match=r"texts end in '<\|endoftext\|>'.*--chat-template"):
-        init_model(parts / "timm", tmp_path / "text", tmp_path / "model", resolution=128)
+    with pytest.raises(ConversionError, match=r"'vicuna_v1' does not fit.*'</s>'.*with one of phi, chatml"):
+        init_model(parts / "timm", tmp_path / "text", tmp_path / "model", resolution=128, chat_template="vicuna_v1")
     init_model(parts / "timm", tmp_path / "text", tmp_path / "model", resolution=128, chat_template="plain")

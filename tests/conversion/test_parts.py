@@ -155,4 +155,4 @@ def test_commands(checkpoint, adapter, tmp_path):
     name = "model.multi_modal_projector.linear_2.weight"
     assert torch.equal(merged[name], new[name])
     shutil.rmtree(tmp_path / "new")
-    assert run(app, ["insert-projector", str(checkpoint), *arguments[:1], "nowhere.bin", *arguments[2:]]).exit_code == 2
+    assert run(app, ["insert-projector", str(checkpoint), *arguments[:1], "nowhere.bin", *arguments[2:]]).exit_code == 3

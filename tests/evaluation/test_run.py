@@ -130,7 +130,7 @@ def test_a_folder_of_another_checkpoint_is_refused(evaluated, converted, questio
     known["asked"]["checkpoint"] = "0" * 64
     (tmp_path / "run.json").write_text(json.dumps(known))
     result = run(app, build_command(converted, questions, tmp_path))
-    assert result.exit_code == 2 and "checkpoint" in result.output
+    assert result.exit_code == 3 and "checkpoint" in result.output
 
 
 def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
@@ -141,7 +141,7 @@ def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
     command = build_command(converted, file, tmp_path / "results")
     command[command.index("--images") + 1] = str(questions.parent)
     stopped = run(app, command)
-    assert stopped.exit_code == 2 and "1 of 3 images" in stopped.output and "nowhere.png" in stopped.output
+    assert stopped.exit_code == 3 and "1 of 3 images" in stopped.output and "nowhere.png" in stopped.output
     assert run(app, [*command, "--skip-bad-images"]).exit_code == 0
     problems = json.loads((tmp_path / "results" / "results.json").read_text())["problems"]
     assert problems["images that cannot be read"] == {"count": 1, "first": [1]}
@@ -214,7 +214,7 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
     talk.reply = lambda body: None if "this and this and this and this" in str(body["messages"]) else "X marks it"
     command = build_command(None, questions, tmp_path / "results", "--server", talk.url)
     result = run(app, command)
-    assert result.exit_code == 2 and "2 requests failed and are not scored" in result.output
+    assert result.exit_code == 3 and "2 requests failed and are not scored" in result.output
     answered = [row["question_id"] for row in read_lines(tmp_path / "results" / "predictions.jsonl")]
     assert answered == [0, 1, 2, 4, 5, 6, 8]
     parts = next(body for body in talk.requests if "single word" in str(body))["messages"][0]["content"]

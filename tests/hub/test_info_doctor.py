@@ -287,10 +287,10 @@ def test_commands(hub, copy, monkeypatch):
     assert code == 0, output
     (copy / "helper.py").touch()
     code, output = run("doctor", copy)
-    assert code == 2 and "wrong  code files" in output and "error: 1 of 10 checks" in output
+    assert code == 1 and "wrong  code files" in output and "error: 1 of 10 checks" in output
     monkeypatch.delenv("HF_TOKEN")
     code, output = run("info", "someone/tiny")
-    assert code == 2 and output.splitlines()[-1].startswith("error: looking at someone/tiny failed: HTTP 401")
+    assert code == 3 and output.splitlines()[-1].startswith("error: looking at someone/tiny failed: HTTP 401")
 
 
 def test_doctor_in_a_process_of_its_own(tmp_path):

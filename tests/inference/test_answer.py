@@ -114,7 +114,7 @@ def test_torch_says_whether_the_cpu_has_bfloat16():
         ({"device": "cuda:99"}, "device='cuda:99' is not present here; torch sees cpu"),
         ({"dtype": "int8"}, "dtype='int8'; expected 'auto'"),
         ({"dtype": "bf16"}, "dtype='bf16'; expected 'auto'"),
-        ({"quantize": "2bit"}, "quantize='2bit'; expected '4bit' or '8bit'"),
+        ({"quantize": "2bit"}, "quantize='2bit'; expected '4bit', '8bit' or 'int8'"),
     ],
 )
 def test_wrong_options_are_named(options, message, checkpoint):

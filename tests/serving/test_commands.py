@@ -37,7 +37,7 @@ def test_what_cannot_work_is_refused_at_once(arguments, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2 and message in done.output
+    assert done.exit_code == 3 and message in done.output
     assert time.monotonic() - started < 20
 
 

@@ -1,8 +1,7 @@
 """The command line `convllava`: its commands come from one file per topic.
 
 Heavy imports happen inside the commands, so that `convllava --help` answers at once. Answers go to stdout; progress,
-warnings and errors go to stderr. Exit codes: 0 done, 1 the machine failed, 2 something about the input is wrong, 130
-interrupted.
+warnings and errors go to stderr. Exit codes: see `options`.
 """
 
 from typing import Annotated
@@ -11,9 +10,11 @@ import typer
 
 from .. import __version__
 from .ask import add_ask_commands
+from .commands import CommandGroup, accept_quiet
 from .conversion import add_conversion_commands
 from .data import add_data_commands
 from .deltas import add_delta_commands
+from .environment import add_environment_command
 from .evaluation import add_evaluation_commands
 from .export import add_export_command
 from .hub import add_hub_commands
@@ -21,10 +22,23 @@ from .serving import add_serving_command
 from .training import add_training_commands
 
 
+HELP = """ConvLLaVA: vision-language models that read high-resolution images in few tokens.
+
+\b
+Exit codes:
+  0    done
+  1    a check failed, or the machine could not do it (out of memory)
+  2    the command line is wrong
+  3    something about the input is wrong: a file, a setting, a checkpoint
+  130  interrupted
+
+Every command takes --quiet, and those that report take --json.
+"""
+
 app = typer.Typer(
-    help="ConvLLaVA: ask questions about high-resolution images.",
+    cls=CommandGroup,
+    help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,6 +65,7 @@ for add_commands in (
     add_conversion_commands,
     add_data_commands,
     add_delta_commands,
+    add_environment_command,
     add_evaluation_commands,
     add_export_command,
     add_hub_commands,
@@ -58,3 +73,4 @@ for add_commands in (
     add_training_commands,
 ):
     add_commands(app)
+accept_quiet(app)

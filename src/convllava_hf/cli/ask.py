@@ -1,6 +1,5 @@
 """`convllava ask` and `chat`."""
 
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RevisionOption, print_error, report_errors
+from .options import JsonOption, RevisionOption, print_error, print_json, report_errors
 
 
 ModelOption = Annotated[
@@ -27,7 +26,9 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 
 
-QuantizeOption = Annotated[str | None, typer.Option(metavar="4bit|8bit", help="Smaller weights, by bitsandbytes.")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(metavar="4bit|8bit|int8", help="Smaller weights: by bitsandbytes, or torchao's int8.")
+]
 
 
 AttentionOption = Annotated[str | None, typer.Option(metavar="NAME", help="sdpa, eager, flash_attention_2 ...")]
@@ -96,7 +97,7 @@ def ask(
     ] = None,
     *,
     model: ModelOption,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with counts and times.")] = False,
+    as_json: JsonOption = False,
     max_image_tokens: ImageTokensOption = None,
     corner: CornerOption = None,
     max_new_tokens: NewTokensOption = None,
@@ -156,7 +157,7 @@ def ask(
             "seconds": stats.seconds,
             "tokens_per_second": stats.tokens_per_second,
         }
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
 
 
 def chat(

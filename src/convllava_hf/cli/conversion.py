@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from .options import ForceOption, OutputOption, RevisionOption, ShardOption, StoredDtypeOption, report_errors
+from .options import (
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    RevisionOption,
+    ShardOption,
+    StoredDtypeOption,
+    print_json,
+    report_errors,
+)
 
 
 def add_conversion_commands(app: typer.Typer) -> None:
@@ -34,9 +43,11 @@ def convert(
     vision_revision: Annotated[str | None, typer.Option(metavar="NAME", help="The same, of the tower.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
-    """Convert a released checkpoint of ConvLLaVA, LLaVA, LLaVAR or TinyLLaVA, or a vision tower alone, exactly.
+    """Convert a released checkpoint, or a vision tower, exactly.
 
+    Takes ConvLLaVA, LLaVA, LLaVAR and TinyLLaVA, and vision towers alone.
     With a ConvNeXt tower the result is a ConvLLaVA model; with CLIP or SigLIP it is a `llava` of transformers.
 
     Streams the weights into safetensors, adds the image token, writes everything that belongs to a checkpoint, and
@@ -68,21 +79,31 @@ def convert(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print(f"wrote {report}" if keep_adapter else report.summary())
+        if keep_adapter:
+            print_json({"output": report}) if as_json else print(f"wrote {report}")
+        else:
+            print_json({"output": report.output, **report.content}) if as_json else print(report.summary())
 
 
 def init(
     *,
-    vision: Annotated[str, typer.Option(metavar="SOURCE", help="Tower: Hub id or folder.", show_default=False)],
+    vision: Annotated[
+        str, typer.Option("--vision", "--vision-tower", metavar="SOURCE", help="Tower: Hub id or folder.")
+    ],
     text: Annotated[str, typer.Option(metavar="SOURCE", help="Causal language model: Hub id or folder.")],
-    resolution: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the square images.", show_default=False)],
     output: OutputOption,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size", "--resolution", metavar="PIXELS", help="Side of the square images. [default: the tower's]"
+        ),
+    ] = None,
     add_stage: Annotated[
         str | None, typer.Option(metavar="BLOCKSxWIDTH", help="A fresh stage behind the tower's last, such as 6x3072.")
     ] = None,
     projector_type: Annotated[str, typer.Option(metavar="NAME", help="mlpNx_gelu or linear.")] = "mlp2x_gelu",
     chat_template: Annotated[
-        str | None, typer.Option(metavar="NAME", help="vicuna_v1, chatml or plain. [default: what the tokenizer fits]")
+        str | None, typer.Option(metavar="NAME", help="Of a template. [default: that of the language model's family]")
     ] = None,
     dtype: StoredDtypeOption = "auto",
     vision_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the tower.")] = None,
@@ -90,15 +111,20 @@ def init(
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the fresh weights.")] = 0,
+    as_json: JsonOption = False,
 ):
-    """Build a new model from a tower and a language model, ready for the first training stage.
+    """Build a new model from a tower and a language model.
 
-    The projector, and a stage added to the tower, have fresh weights.
+    The projector, and a stage added to the tower, have fresh weights: the first training stage comes next. A ConvNeXt,
+    ConvNeXt V2, DINOv3 ConvNeXt or FastViT, of transformers or timm, makes a ConvLLaVA; CLIP and SigLIP make a `llava`
+    of transformers.
 
     \b
-    Example:
+    Examples:
       convllava init --vision ConvLLaVA/LAION-CLIP-ConvNeXt-Large-512 --text Qwen/Qwen3-0.6B \\
-          --resolution 1536 --add-stage 6x3072 --output my-convllava
+          --image-size 1536 --add-stage 6x3072 --output my-convllava
+      convllava init --vision timm/fastvit_mci3.apple_mclip2_dfndr2b --text Qwen/Qwen3-0.6B --image-size 1024 -o mine
+      convllava init --vision openai/clip-vit-large-patch14-336 --text lmsys/vicuna-7b-v1.5 --output my-llava
     """
     with report_errors():
         from ..conversion.init import init_model
@@ -109,7 +135,7 @@ def init(
             vision,
             text,
             output,
-            resolution=resolution,
+            resolution=image_size,
             add_stage=add_stage,
             projector_type=projector_type,
             chat_template=chat_template,
@@ -120,4 +146,4 @@ def init(
             force=force,
             seed=seed,
         )
-        print(report.summary())
+        print_json({"output": report.output, **report.content}) if as_json else print(report.summary())

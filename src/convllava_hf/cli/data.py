@@ -8,11 +8,16 @@ from typing import Annotated
 
 import typer
 
-from .options import report_errors
+from .commands import CommandGroup
+from .options import CheckFailed, report_errors
 
 
 data_app = typer.Typer(
-    help="Build, check and look at training data.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    cls=CommandGroup,
+    help="Build, check and look at training data.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Built dataset.", show_default=False)]
@@ -150,7 +155,7 @@ def check(
     max_length: LengthOption = None,
     trust_remote_code: TrustOption = False,
 ):
-    """Check every row of a built dataset; exit code 2 where one is bad.
+    """Check every row of a built dataset; exit code 1 where one is bad.
 
     \b
     Examples:
@@ -164,14 +169,14 @@ def check(
         report = check_dataset(folder, verify=verify, processor=processor, max_length=max_length)
         print(report.summary())
         if report.bad_rows:
-            raise ValueError(f"{len(report.bad_rows)} bad rows in {folder}; build it again without them.")
+            raise CheckFailed(f"{len(report.bad_rows)} bad rows in {folder}; build it again without them.")
 
 
 @data_app.command()
 def show(
     folder: FolderArgument,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--output", "--out", "-o", metavar="FILE", help="Page to write.")],
     model: ModelOption = None,
     image_size: ImageSizeOption = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows, chosen at random.")] = 20,

@@ -27,10 +27,11 @@ def apply_delta(
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
 ):
-    """Merge a released delta (LLaVA v0 and v1, LLaVAR) with its LLaMA, exactly, in little memory.
+    """Merge a released delta with its LLaMA, exactly.
 
-    Writes the checkpoint in its original layout, as safetensors; `convllava convert` takes it on. A wrong base is named
-    before anything is written. If the command is interrupted, run it again: it goes on where it was.
+    Takes the deltas of LLaVA v0 and v1 and of LLaVAR, in little memory. Writes the checkpoint in its original layout,
+    as safetensors; `convllava convert` takes it on. A wrong base is named before anything is written. If the command is
+    interrupted, run it again: it goes on where it was.
 
     \b
     Example:

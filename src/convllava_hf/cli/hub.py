@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ForceOption, report_errors
+from .options import CheckFailed, ForceOption, JsonOption, print_json, report_errors
 
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint.", show_default=False)]
@@ -43,8 +43,9 @@ def push(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files, sizes and what would change.")] = False,
 ):
-    """Publish a checkpoint on the Hub in one commit: weights, code, template, configurations and card.
+    """Publish a checkpoint on the Hub in one commit.
 
+    Weights, code, template, configurations and card.
     What is interrupted goes on with the same command, and nothing is visible before all has arrived. Log in with
     `hf auth login`, or set HF_TOKEN.
 
@@ -81,8 +82,9 @@ def pull(
     revision: RevisionOption = None,
     force: ForceOption = False,
 ):
-    """Fetch a checkpoint, compare every file with the hash that the Hub lists, and print where it lies.
+    """Fetch a checkpoint, checked by the Hub's hashes.
 
+    Prints where it lies.
     What is interrupted goes on with the same command. What is in the cache is also found offline.
 
     \b
@@ -105,11 +107,12 @@ def info(
     source: Annotated[str, typer.Argument(metavar="DIR|REPO_ID", help="Folder or Hub id.", show_default=False)],
     *,
     revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ):
-    """Say what a checkpoint is: parts, parameters, tokens per image, memory, template, origin. Reads no weights.
+    """Say what a checkpoint is, without reading its weights.
 
-    Takes original-format checkpoints too. Of a repository on the Hub a few kilobytes are fetched.
+    Parts, parameters, tokens per image, memory, template, origin. Takes original-format checkpoints too. Of a
+    repository on the Hub a few kilobytes are fetched.
 
     \b
     Examples:
@@ -123,8 +126,8 @@ def info(
         print(described.to_json() if as_json else described.summary())
 
 
-def doctor(folder: FolderArgument):
-    """Check everything in a checkpoint; exit code 2 where something is wrong.
+def doctor(folder: FolderArgument, as_json: JsonOption = False):
+    """Check everything in a checkpoint; exit code 1 where something is wrong.
 
     Tensors against the configuration, their values, the tokenizer, the chat template, the code files, and the hashes of
     the conversion.
@@ -139,7 +142,9 @@ def doctor(folder: FolderArgument):
 
         register()
         checks = check_checkpoint(folder)
-        for check in checks:
+        if as_json:
+            print_json({"checks": [{"name": check.name, "problem": check.problem} for check in checks]})
+        for check in [] if as_json else checks:
             print(f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}")
         if wrong := sum(check.problem is not None for check in checks):
-            raise ValueError(f"{wrong} of {len(checks)} checks of {folder} found something wrong.")
+            raise CheckFailed(f"{wrong} of {len(checks)} checks of {folder} found something wrong.")

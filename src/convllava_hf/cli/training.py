@@ -5,7 +5,25 @@ from typing import Annotated
 
 import typer
 
-from .options import ForceOption, OutputOption, ShardOption, StoredDtypeOption, report_errors
+from .options import (
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    ShardOption,
+    StoredDtypeOption,
+    print_json,
+    report_errors,
+)
+
+
+# What the other commands call it -> what recipes call it.
+TRL_NAMES = {
+    "--model": "--model_name_or_path",
+    "--data": "--dataset_name",
+    "--output": "--output_dir",
+    "--image-size": "--image_size",
+    "--chat-template": "--chat_template_path",
+}
 
 
 def add_training_commands(app: typer.Typer) -> None:
@@ -22,6 +40,8 @@ def train(
 ):
     """Train by a recipe; --KEY VALUE replaces any of its settings.
 
+    --model, --data, --output, --image-size and --chat-template are understood as TRL's names for them.
+
     Does what `trl sft --config RECIPE` does, and what that cannot: learning rates per part, batches grouped by modality
     and length, long rows cut without cutting images, curves, checkpoints that a full disk or a crash leaves whole.
 
@@ -36,13 +56,22 @@ def train(
     """
     with report_errors():
         from ..registration import register
-        from ..training.run import get_parser, run_recipe
+        from ..training.run import format_settings, run_recipe
 
         if flags:
-            print(get_parser().format_help())
+            print(format_settings())
             return
         register()
-        run_recipe(recipe, context.args)
+        run_recipe(recipe, spell_as_trl(context.args))
+
+
+def spell_as_trl(arguments: list[str]) -> list[str]:
+    """Settings by the names that the other commands have for them, under the names of TRL."""
+    spelled = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelled.append(TRL_NAMES.get(name, name) + equals + value)
+    return spelled
 
 
 def recipe(
@@ -72,8 +101,11 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Of weights, gradients and AdamW's moments.")] = "float32",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    as_json: JsonOption = False,
 ):
-    """Show what a training stage trains and freezes, and the memory that takes, without loading weights.
+    """Show what a training stage trains, and the memory it takes.
+
+    Reads no weights.
 
     \b
     Example:
@@ -99,6 +131,10 @@ def plan(
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         set_trainable(model, patterns)
         rows = [(part.part, part.trainable, part.frozen, part.estimate_bytes(size)) for part in describe_plan(model)]
+        if as_json:
+            parts = [dict(zip(("part", "trainable", "frozen", "bytes"), row, strict=True)) for row in rows]
+            print_json({"stage": stage, "dtype": dtype, "trained": patterns, "parts": parts})
+            return
         rows.append(("all", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
         width = max(len(row[0]) for row in rows)
         print(f"{'part':{width}}  {'trainable':>15}  {'frozen':>15}  {'GB':>8}")
@@ -124,7 +160,9 @@ def merge(
     dtype: StoredDtypeOption = "auto",
     force: ForceOption = False,
 ):
-    """Make one checkpoint of a base model and a LoRA adapter (or a projector that PEFT trained).
+    """Make one checkpoint of a base model and an adapter.
+
+    The adapter is LoRA's, or a projector that PEFT trained.
 
     \b
     Example:

@@ -147,6 +147,8 @@ def read_vit(source: Source) -> Tower:
         settings = settings.get("vision_config", {})
     source.open()
     config = build_config(config_class, settings, VIT_CONFIG_KEYS, source)
+    if "embeddings.patch_embedding.weight" in source.tensors:  # as newer versions of transformers save a tower alone
+        source.targets = {f"vision_model.{name}": name for name in source.tensors}
     source.rename(VIT)
     _cut_siglip(source, config)
     processor = source.folder / "preprocessor_config.json"

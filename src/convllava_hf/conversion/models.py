@@ -18,27 +18,32 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from ..checkpoints.cards import list_image_tokens
 from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER
 from ..checkpoints.shapes import check_counts, list_shapes
-from ..checkpoints.weight_maps import VISION_TOWER, ConversionError
+from ..checkpoints.turn_ends import find_turn_end
+from ..checkpoints.weight_maps import VISION_TOWER, ConversionError, WeightMap
 from ..model.configuration_convllava import ConvLlavaConfig
 from ..model.image_processing_convllava import ConvLlavaImageProcessor
 from ..model.modeling_convllava import ConvLlavaForConditionalGeneration
 from ..model.processing_convllava import ConvLlavaProcessor
 from ..shipped import build_chat_template
 from .sources import LanguageModel, Tower, describe_cause
-from .vocabulary import add_tokens, count_ids
+from .vocabulary import add_tokens, count_ids, list_end_ids
 from .writer import CheckpointWriter, ConversionReport, check_stored, plan_weights
 
 
 # Bounds answers that do not end by themselves, where a caller gives no bound.
 MAX_NEW_TOKENS = 1024
+# Which tensors a tower other than ConvNextModel has, its class says.
+OTHER_VISION_TOWER = WeightMap("a vision tower", {"{rest}": "model.vision_tower.{rest}"})
 
 
-def _make_fresh(model: nn.Module, name: str, seed: int) -> torch.Tensor:
+def make_fresh(model: nn.Module, name: str, seed: int) -> torch.Tensor:
     """Initialises a parameter of a model on the meta device by torch's defaults, in float32 on the CPU."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if leaf == "layer_scale_parameter":
-        return torch.full(module.layer_scale_parameter.shape, model.config.vision_config.layer_scale_init_value)
+    if leaf in ("layer_scale_parameter", "gamma"):
+        return torch.full(getattr(module, leaf).shape, model.config.vision_config.layer_scale_init_value)
+    if not hasattr(module, "reset_parameters"):  # ConvNeXt V2's response normalisation begins as nothing
+        return torch.zeros(getattr(module, leaf).shape)
     # Weight and bias come from one initialisation, which is repeated for each of them.
     module = copy.deepcopy(module).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
@@ -51,20 +56,17 @@ def _build_generation_config(language: LanguageModel) -> GenerationConfig:
     text_config, tokenizer = language.config, language.tokenizer
     # The files of the sources also hold sampling settings, which the original's evaluation does not use, and a
     # `max_length`, which warns beside every `max_new_tokens`.
-    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
-    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    # Configurations of the first LLaMA conversions name other ids than their tokenizers have.
-    if tokenizer.eos_token_id not in (None, *ends):
-        ends.append(tokenizer.eos_token_id)
-    if language.chat_template in ("chatml", "chatml_direct", "mpt") and "<|im_end|>" in tokenizer.get_vocab():
-        ends = list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    ends = list_end_ids(language)
+    turn_end = find_turn_end(tokenizer, tokenizer.chat_template).token_id
+    if turn_end not in (None, *ends):
+        ends.append(turn_end)
     # In these formats no token ends a turn. `stop_strings`, transformers' own setting, would make `generate` and the
     # pipelines fail where they are not given the tokenizer.
     stops = {"answer_stop_strings": ["###"]} if language.chat_template in ("llava_v0", "v0_mmtag") else {}
     return GenerationConfig(
         **stops,
         bos_token_id=text_config.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
         pad_token_id=tokenizer.pad_token_id,
         # A placeholder in an answer stands for nothing.
         suppress_tokens=[tokenizer.convert_tokens_to_ids(language.image_token)],
@@ -180,7 +182,7 @@ class JoinedConvLlava(JoinedModel):
         super().__init__(tower, language)
         self.projector_type, self.image_size = projector_type, image_size
         self.fresh_names, self.seed = fresh_names, seed
-        tower.source.rename(VISION_TOWER)
+        tower.source.rename(VISION_TOWER if tower.config.model_type == "convnext" else OTHER_VISION_TOWER)
 
     def build(self) -> tuple[PreTrainedConfig, ProcessorMixin]:
         tower, language, tokenizer = self.tower, self.language, self.language.tokenizer
@@ -210,7 +212,7 @@ class JoinedConvLlava(JoinedModel):
         return config, processor
 
     def fresh(self, name: str) -> Callable[[], torch.Tensor] | None:
-        return partial(_make_fresh, self.model, name, self.seed) if name.startswith(self.fresh_names) else None
+        return partial(make_fresh, self.model, name, self.seed) if name.startswith(self.fresh_names) else None
 
 
 def write_convllava(

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     ConvNextConfig,
@@ -24,8 +25,14 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    TimmWrapperConfig,
 )
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_index, read_json
 from ..checkpoints.shapes import check_counts
@@ -40,6 +47,7 @@ from ..checkpoints.weight_maps import (
     WeightMap,
     build_causal_lm_map,
 )
+from ..model.configuration_convllava import ConvLlavaConfig
 
 
 # What is read from the config.json of a released language model, whose `model_type` says "llava".
@@ -60,6 +68,12 @@ TOWER_MARKS = {
     "convnext.embeddings.patch_embeddings.weight": CONVNEXT,
 }
 FINETUNED_FILES = ("adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin")
+# Other towers of transformers that a ConvLLaVA can have, by `model_type`.
+OTHER_TOWERS = ("convnextv2", "dinov3_convnext", "timm_wrapper")
+# What a name may begin with in a repository or in a model and lack in the other: the name of the part that it is.
+TOWER_PREFIX = re.compile(r"^(model|timm_model|convnextv2|visual\.trunk)\.")
+# What timm and transformers put behind the last map.
+BEHIND_THE_MAP = re.compile(r"(head|fc|classifier|head_norm|layernorm|layer_norm)(\.|$)")
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -153,6 +167,7 @@ class LanguageModel:
         image_token: the placeholder; added to the tokenizer if it is not there.
         cut_vocabulary: rows without a word are cut off, as the original's loader does.
         image_tag: what the template writes for an image, if more than the placeholder.
+        added_tokens: words that the tokenizer was given and that the tables have no rows for.
         finish_tokenizer: makes the last changes, when all tokens are there.
     """
 
@@ -165,6 +180,7 @@ class LanguageModel:
     image_token: str = "<image>"
     image_tag: str | None = None
     cut_vocabulary: bool = False
+    added_tokens: tuple[str, ...] = ()
     finish_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase] = lambda tokenizer: tokenizer
 
 
@@ -237,11 +253,13 @@ def build_config(
         raise ConversionError(f"config.json of {source.name}: {describe_cause(error)} Get it again.") from error
 
 
-def read_tower(source: Source) -> Tower:
+def read_tower(source: Source, others: bool = False) -> Tower:
     """Reads a ConvNeXt tower of transformers, timm or open_clip.
 
     Args:
         source: the repository of a ConvNextModel, alone or in a classifier, of a timm model, or of an open_clip CLIP.
+        others: also take what a ConvNextModel cannot hold: ConvNeXt V2 and DINOv3's ConvNeXt of transformers, and the
+            other ConvNeXts and FastViTs of timm, as `timm_wrapper`. Their tensors keep their own names.
 
     Returns:
         The tower. Classification heads, projections and the text tower are dropped.
@@ -251,38 +269,108 @@ def read_tower(source: Source) -> Tower:
             missing or damaged.
     """
     source.open()
+    path = source.folder / "config.json"
+    settings = read_json(path) if path.is_file() else {}
     table = next((table for mark, table in TOWER_MARKS.items() if mark in source.tensors), None)
+    if settings.get("model_type") in OTHER_TOWERS:
+        return _read_other_tower(source, settings, others, f"its model_type is {settings['model_type']!r}")
+    if table is None and "architecture" in settings:
+        return _read_other_tower(source, settings, others, f"timm's {settings['architecture']} is no plain ConvNeXt")
     if table is None:
         raise ConversionError(
             f"{source.name} is no ConvNeXt; expected one of transformers, timm or open_clip, with a tensor named "
-            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}. Pass another vision tower; a language model without one "
-            "(no mm_vision_tower in its config.json) is joined with a tower by init."
+            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}{_list_towers()}. Pass another vision tower; a language "
+            "model without one (no mm_vision_tower in its config.json) is joined with a tower by init."
         )
-    source.rename(table)
-    settings = read_json(source.folder / ("open_clip_config.json" if table is OPEN_CLIP_CONVNEXT else "config.json"))
-    if table is CONVNEXT:
-        config = build_config(ConvNextConfig, settings, CONVNEXT_CONFIG_KEYS, source)
-        return Tower(source, config, *read_clip_processor(source.folder / "preprocessor_config.json"))
     if table is OPEN_CLIP_CONVNEXT:
+        settings = read_json(source.folder / "open_clip_config.json")
         vision = settings.get("model_cfg", {}).get("vision_cfg", {})
         architecture, arguments = vision.get("timm_model_name"), {}
         images, image_size = settings.get("preprocess_cfg", {}), vision.get("image_size", 224)
-    else:
+    elif table is TIMM_CONVNEXT:
+        settings = read_json(path)
         architecture, arguments = settings.get("architecture"), settings.get("model_args", {})
         images = settings.get("pretrained_cfg", settings)
         image_size = images.get("input_size", [3, 224, 224])[-1]
+    else:
+        source.rename(table)
+        config = build_config(ConvNextConfig, read_json(path), CONVNEXT_CONFIG_KEYS, source)
+        return Tower(source, config, *read_clip_processor(source.folder / "preprocessor_config.json"))
     # ConvNextModel has one epsilon and the activation of its configuration; timm's names do not tell these.
     odd = next((f"model_args {key!r}" for key in ("act_layer", "norm_eps", "norm_layer") if key in arguments), None)
     if str(architecture).startswith("convnext_xxlarge"):
         odd = "layer norms with an epsilon of 1e-5"
+    if odd and table is TIMM_CONVNEXT and others:
+        return _read_other_tower(source, settings, others, odd)
     if odd:
         raise ConversionError(
             f"{source.name} ({architecture}) has {odd}; expected timm's defaults: layer norms with an epsilon of "
             "1e-6, and GELU. Pass another vision tower."
         )
+    try:
+        source.rename(table)
+    except ConversionError as error:
+        if table is not TIMM_CONVNEXT:
+            raise
+        return _read_other_tower(source, settings, others, f"timm's {architecture} is no plain ConvNeXt", error)
     mean = list(images.get("mean", OPENAI_CLIP_MEAN))  # open_clip's default; timm writes its own
     std = list(images.get("std", OPENAI_CLIP_STD))
     return Tower(source, _derive_convnext_config(source, image_size), image_size, mean, std, BICUBIC)
+
+
+def _list_towers() -> str:
+    return f"; or, for init, {', '.join(OTHER_TOWERS)} (ConvNeXt, ConvNeXt V2, FastViT of timm), CLIP or SigLIP"
+
+
+def _read_other_tower(
+    source: Source, settings: dict, is_taken: bool, reason: str, error: ConversionError | None = None
+) -> Tower:
+    """Reads a tower that no ConvNextModel can hold, under the names of its own class.
+
+    Raises:
+        ConversionError: such a tower is not taken here, cannot be built, or is damaged.
+    """
+    if not is_taken:
+        raise ConversionError(
+            f"{source.name} does not fit a ConvNextModel ({reason}{f': {error}' if error else ''}). It can be a part "
+            "of a new model: convllava init --vision."
+        ) from error
+    source.targets, source.dropped = {name: name for name in source.tensors}, {}
+    named = settings.get("architecture") or settings.get("model_type")
+    try:
+        if "architecture" in settings:
+            images = settings.get("pretrained_cfg", settings)
+            arguments = settings.get("model_args") or {}
+            config = TimmWrapperConfig(architecture=settings["architecture"], model_args=arguments, do_pooling=False)
+        else:
+            images, config = {}, AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        ConvLlavaConfig(vision_config=config)  # refuses names and arguments that timm would fetch or unpickle
+        with torch.device("meta"):
+            expected = AutoModel.from_config(config).state_dict()
+    except (ImportError, RuntimeError, TypeError, ValueError) as failure:
+        raise ConversionError(
+            f"{source.name} names {named!r}, which cannot be built here: {describe_cause(failure)} Expected a "
+            f"ConvNeXt{_list_towers()}."
+        ) from failure
+    config._name_or_path = ""
+    names = {TOWER_PREFIX.sub("", name): name for name in expected}
+    targets = {}
+    for name in source.targets:
+        bare = TOWER_PREFIX.sub("", name)
+        if BEHIND_THE_MAP.match(bare) and not (config.model_type == "dinov3_convnext" and bare in names):
+            source.dropped[name] = "behind the last map, which is a tower's output"
+        else:
+            targets[names.get(bare, name)] = name
+    source.targets = targets
+    processor = source.folder / "preprocessor_config.json"
+    if images or not processor.is_file():
+        side = images.get("input_size", [3, 224, 224])[-1]
+        mean, std = images.get("mean", IMAGENET_DEFAULT_MEAN), images.get("std", IMAGENET_DEFAULT_STD)
+        return Tower(source, config, side, list(mean), list(std), BICUBIC)
+    values = read_json(processor)
+    side = values.get("size", {}).get("height") or values.get("size", {}).get("shortest_edge") or 224
+    mean, std = values.get("image_mean", IMAGENET_DEFAULT_MEAN), values.get("image_std", IMAGENET_DEFAULT_STD)
+    return Tower(source, config, side, list(mean), list(std), values.get("resample", BICUBIC))
 
 
 def _derive_convnext_config(source: Source, image_size: int) -> ConvNextConfig:

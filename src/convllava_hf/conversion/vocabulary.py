@@ -22,6 +22,10 @@ VOCABULARY_MULTIPLE = 64
 ROWS_AT_ONCE = 2048
 
 
+# What the formats without a family need, whatever the tokenizer: they are added where they are missing.
+CHAT_TOKENS = dict.fromkeys(("chatml", "chatml_direct", "mpt"), ("<|im_start|>", "<|im_end|>"))
+
+
 @dataclass
 class Vocabulary:
     """How tables of `R` rows grow to `V`.
@@ -53,8 +57,8 @@ def add_tokens(language: LanguageModel) -> Vocabulary:
     if language.embeddings not in source.targets:
         raise ConversionError(f"{source.name} has no input embeddings ({language.embeddings!r}). Get it again.")
     name = source.targets[language.embeddings]
-    known = tokenizer.get_vocab()
-    rows, num_words = source.tensors[name].shape[0], count_ids(tokenizer)
+    known = tokenizer.get_vocab().keys() - language.added_tokens
+    rows, num_words = source.tensors[name].shape[0], count_ids(tokenizer) - len(language.added_tokens)
     if num_words > rows:
         raise ConversionError(
             f"the tokenizer of {source.name} has {num_words} ids and its embeddings {name!r} have {rows} rows; "
@@ -66,7 +70,8 @@ def add_tokens(language: LanguageModel) -> Vocabulary:
     # Where padding is the unknown word or the end of a text, these would be ignored where they are meant.
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (language.image_token, tokenizer.pad_token)}
+    tokens = (*language.added_tokens, language.image_token, tokenizer.pad_token)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     added = {token: number for token, number in ids.items() if token not in known}
     language.tokenizer = language.finish_tokenizer(tokenizer)
     # The LLaVA family's loader cuts the tables to the tokenizer's words. ConvLLaVA's has a row for each row of before.
@@ -74,6 +79,28 @@ def add_tokens(language: LanguageModel) -> Vocabulary:
     rows_after = -(-max(kept, count_ids(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     tables = (language.embeddings, f"{language.head}.weight", f"{language.head}.bias")
     return Vocabulary(tables, num_words, added, rows, rows_after, kept)
+
+
+def add_chat_tokens(language: LanguageModel, chat_template: str) -> None:
+    """Gives the tokenizer the tokens of a chat template that can be added to any; the model gets their rows later."""
+    tokenizer = language.tokenizer
+    words = tokenizer.get_vocab()
+    missing = [token for token in CHAT_TOKENS.get(chat_template, ()) if token not in words]
+    if missing:
+        named = {str(token) for token in tokenizer.special_tokens_map.values()}
+        others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
+        tokenizer.add_special_tokens({"additional_special_tokens": [*others, *missing]})
+        language.added_tokens = tuple(missing)
+
+
+def list_end_ids(language: LanguageModel) -> list[int]:
+    """Where generation stops: what the language model's configuration says, and the end of a text of its tokenizer."""
+    ends = language.config.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+    # Configurations of the first LLaMA conversions name other ids than their tokenizers have.
+    if language.tokenizer.eos_token_id not in (None, *ends):
+        ends.append(language.tokenizer.eos_token_id)
+    return ends
 
 
 def count_ids(tokenizer) -> int:

@@ -24,6 +24,7 @@ from ..checkpoints.shapes import (
     find_relabelled,
 )
 from ..checkpoints.templates import render_chat_template
+from ..checkpoints.turn_ends import find_turn_problem, read_end_ids
 from ..checkpoints.weight_maps import ConversionError
 
 
@@ -110,6 +111,8 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
             found.problem = _check_tokenizer(processor, config)
         with check("chat template renders, with the right number of image tokens") as found:
             found.problem = _check_template(processor, config)
+        with check("answers end in an end token") as found:
+            found.problem = find_turn_problem(processor.tokenizer, processor.chat_template, read_end_ids(folder))
     if kind == "convllava":
         with check("code files are those of the installed version") as found:
             wrong = [f"{name} is {state}" for name, state in list_code_files(folder).items() if state != "same"]
@@ -213,6 +216,8 @@ def _find_infinite(reader: CheckpointReader) -> str | None:
 def _find_relabelled(reader: CheckpointReader, settings: dict) -> str | None:
     packed = find_packed(reader.tensors)
     weights = {name: reader.tensors[name] for name in count_parameters(reader.tensors) if name not in packed}
+    # Batch norms count their batches, in whole numbers.
+    weights = {name: stored for name, stored in weights.items() if not name.endswith(".num_batches_tracked")}
     if find_quantization(settings) is None:
         whole = [name for name, stored in weights.items() if not stored.dtype.is_floating_point]
         if whole:

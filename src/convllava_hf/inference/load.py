@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    TorchAoConfig,
 )
 from transformers.utils import logging
 
@@ -25,6 +26,8 @@ from .runtime import load_export
 logger = logging.get_logger(__name__)
 
 
+# Name -> the package that does it.
+QUANTIZERS = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 # The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.
 UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
@@ -47,8 +50,8 @@ def load(
             places the layers); without a GPU the CPU.
         dtype: such as `"bfloat16"`. `"auto"` is the checkpoint's own, but float32 on a CPU that lacks it: torch then
             computes hundreds of times slower. (Plain `from_pretrained` does not know that: pass `dtype` there.)
-        quantize: `"4bit"` (nf4) or `"8bit"`, through bitsandbytes; the vision tower, the projector and the output layer
-            stay as they are.
+        quantize: `"4bit"` (nf4) or `"8bit"`, through bitsandbytes, or `"int8"` (weights alone), through torchao; the
+            vision tower, the projector and the output layer stay as they are.
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the code in the checkpoint, for models that neither transformers nor this package has.
@@ -61,7 +64,7 @@ def load(
     Raises:
         ValueError: an unknown device, dtype, quantisation or runtime, settings that an export does not have, or a
             checkpoint in the original LLaVA format.
-        ImportError: bitsandbytes or the runtime is missing.
+        ImportError: bitsandbytes, torchao or the runtime is missing.
         OSError: no such checkpoint.
     """
     # The Hub's own message about a path would be that it is no valid repository name.
@@ -85,10 +88,12 @@ def load(
         if str(device or "cpu") != "cpu":
             raise ValueError(f"device={str(device)!r} does not go with runtime={runtime!r}, which runs on the CPU.")
         return load_export(local, runtime, trust_remote_code)
-    if quantize not in (None, "4bit", "8bit"):
-        raise ValueError(f"quantize={quantize!r}; expected '4bit' or '8bit'.")
-    if quantize and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantize={quantize!r} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
+    if quantize not in (None, *QUANTIZERS):
+        raise ValueError(f"quantize={quantize!r}; expected '4bit', '8bit' or 'int8'.")
+    if quantize and importlib.util.find_spec(QUANTIZERS[quantize]) is None:
+        raise ImportError(
+            f"quantize={quantize!r} needs {QUANTIZERS[quantize]}: pip install 'convllava-hf[quantization]'"
+        )
     device_map = _choose_device_map(device)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -103,7 +108,13 @@ def load(
     dtype = _choose_dtype(dtype, stored, on_cpu=device_map == {"": torch.device("cpu")})
     processor = AutoProcessor.from_pretrained(model, **source)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    if quantize:
+    if quantize == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        options["quantization_config"] = TorchAoConfig(
+            Int8WeightOnlyConfig(), modules_to_not_convert=UNQUANTIZED_MODULES
+        )
+    elif quantize:
         # One line for each layer and token, about a cast that is meant.
         logging.get_logger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(

@@ -227,16 +227,19 @@ def set_trainable(model: nn.Module, patterns: list[str]) -> None:
     r"""Makes exactly the parameters trainable whose names match, and freezes all others.
 
     Args:
-        model: any module.
+        model: any module. A parameter that is tied has several names, and is trained if one of them matches: an output
+            layer that shares the input embeddings is trained by `"lm_head"` as well as by `"language_model"`.
         patterns: regular expressions, searched in the names of the parameters: `"multi_modal_projector"`,
             `r"vision_tower.*stages\.4\."`.
 
     Raises:
         ValueError: a pattern that matches no parameter.
     """
-    found = find_names([name for name, _ in model.named_parameters()], patterns)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in found)
+    named = list(model.named_parameters(remove_duplicate=False))
+    found = find_names([name for name, _ in named], patterns)
+    trained = {id(parameter) for name, parameter in named if name in found}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def find_names(names: list[str], patterns: list[str]) -> set[str]:
@@ -257,6 +260,32 @@ def find_names(names: list[str], patterns: list[str]) -> set[str]:
                 f"parameter names, which begin with {', '.join(parts)}."
             )
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def check_skipped_modules(model: nn.Module) -> None:
+    """Looks whether everything that a quantisation should leave alone is there, which quantisers themselves do not.
+
+    They compare names from the top: `"vision_tower"` leaves nothing alone, `"model.vision_tower"` the tower.
+
+    Args:
+        model: with or without `config.quantization_config`.
+
+    Raises:
+        ValueError: a name in the skip list that matches no module.
+    """
+    settings = getattr(model.config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        for skipped in settings.get(key) or ():
+            if not any(
+                re.match(skipped, name) or (isinstance(module, nn.Linear) and name.endswith(skipped))
+                for name, module in model.named_modules()
+            ):
+                parts = ", ".join(sorted(f"model.{name}" for name, _ in model.base_model.named_children()))
+                raise ValueError(
+                    f"{key} names {skipped!r}, which matches no module, so what it should leave alone was quantised; "
+                    f"expected names from the top: {parts}, lm_head."
+                )
 
 
 class ConvLlavaPreTrainedModel(PreTrainedModel):
@@ -282,10 +311,15 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
             trainable: regular expressions of the parameters to train; all others are frozen, see [`set_trainable`].
                 Nothing of it is saved. Training tools that only load a model and train it reach freezing this way:
                 `model_init_kwargs: {trainable: [multi_modal_projector]}` in a recipe of TRL. Default: train all.
+
+        Raises:
+            ValueError: `trainable`, or the skip list of a quantisation, holds a name that matches nothing.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_skipped_modules(model)
         if trainable is not None:
-            set_trainable(loaded[0] if isinstance(loaded, tuple) else loaded, trainable)
+            set_trainable(model, trainable)
         return loaded
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
@@ -312,6 +346,15 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
                 "expected one width, that of the projected image features."
             )
         self.post_init()
+
+    def train(self, mode: bool = True):
+        """As always, but batch norms of a tower keep the statistics that they come with: a frozen tower stays what it
+        was, and what an image gives does not depend on the images beside it."""
+        super().train(mode)
+        for module in self.vision_tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 
 PROJECTOR = r"multi_modal_projector\."
 LANGUAGE_MODEL = r"(language_model|lm_head)\."
 STAGES = (1, 2, 3)
 VISION_FROM = re.compile(r"stage([1-9])(?:\.(\d+))?")
+TIMM_BLOCK = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.")
 # Parts in the order of the computation, by what occurs in the names of their parameters.
 PARTS = {"vision tower": r"(^|\.)vision_tower\.", "projector": PROJECTOR, "language model": LANGUAGE_MODEL}
 
@@ -30,9 +31,15 @@ def get_stage_depths(config: PreTrainedConfig) -> list[int]:
         config: of the whole model.
 
     Raises:
-        ValueError: the tower has no stages whose depths its configuration tells (a ViT, a timm model).
+        ValueError: the tower has no stages whose depths are known (a ViT, or a timm model without parts named
+            `stages.N.blocks.M`).
     """
     depths = getattr(config.vision_config, "depths", None)
+    if config.vision_config.model_type == "timm_wrapper":  # its configuration says no more than its name
+        with torch.device("meta"):
+            names = AutoModel.from_config(config.vision_config).state_dict()
+        found = {(int(match[1]), int(match[2])) for name in names if (match := TIMM_BLOCK.search(name))}
+        depths = [sum(stage == number for stage, _ in found) for number in sorted({stage for stage, _ in found})]
     if not depths:
         raise ValueError(
             f"vision_config.model_type={config.vision_config.model_type!r} does not tell the depths of its stages; "

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,6 +43,18 @@ def get_parser() -> TrlParser:
     return TrlParser((ScriptArguments, ConvLlavaTrainingArguments, ModelConfig, DatasetMixtureConfig))
 
 
+def format_settings() -> str:
+    """Every setting of a recipe with its meaning and default: this package's own first."""
+    parser = get_parser()
+    ours = set(vars(ConvLlavaTrainingArguments)["__annotations__"])
+    formatter = parser._get_formatter()
+    for title, is_own in (("settings of convllava-hf", True), ("settings of TRL and transformers", False)):
+        formatter.start_section(title)
+        formatter.add_arguments([action for action in parser._actions if (action.dest in ours) == is_own])
+        formatter.end_section()
+    return formatter.format_help()
+
+
 def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
     """Trains by a recipe: what `trl sft --config RECIPE` does, with [`ConvLlavaTrainer`].
 
@@ -60,6 +73,8 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         OSError: another run writes to `output_dir`.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
+    # TRL and PEFT use a setting by a name that transformers has changed.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
     file = find_file("recipe", recipe)
     script, args, model, mixture = get_parser().parse_args_and_config(["--config", str(file), *arguments])
     if args.trust_remote_code:

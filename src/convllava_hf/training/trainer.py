@@ -123,8 +123,9 @@ class ConvLlavaTrainer(SFTTrainer):
         model = self.model.get_base_model()
         wrapped = [name for name, module in model.named_modules() if isinstance(module, PEFT_WRAPPERS)]
         names = {re.sub(PEFT_NAME_PARTS, "", name): name for name, _ in model.named_parameters()}
+        tied = {re.sub(PEFT_NAME_PARTS, "", name) for name, _ in model.named_parameters(remove_duplicate=False)}
         frozen = Counter()
-        for name in sorted(find_names(list(names), patterns)):
+        for name in sorted(find_names([*names, *sorted(tied - names.keys())], patterns) & names.keys()):
             if not names[name].startswith(tuple(f"{module}." for module in wrapped)):
                 part = re.match(r".*?\.stages\.\d+|(model\.)?[^.]+", name)[0]
                 frozen[part.removeprefix("model.")] += 1

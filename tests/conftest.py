@@ -41,16 +41,6 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
 
 
-@pytest.fixture
-def aligned_masks() -> None:
-    """Skips where transformers itself marks answers at the wrong place."""
-    import transformers
-    from packaging.version import Version
-
-    if Version(transformers.__version__) < Version("5.18"):
-        pytest.skip("transformers 5.17 marks answers at the wrong place after an image; training needs 5.18")
-
-
 @pytest.fixture(scope="session")
 def photo():
     """Noise, 64 pixels wide and 96 high."""

@@ -8,20 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from accelerate.commands.config.config_args import load_config_from_file
-from packaging.version import Version
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-needs_masks = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
-)
 
 
-@needs_masks
 @pytest.mark.timeout(280)
 def test_three_stages(tmp_path):
     environment = {
@@ -38,7 +32,6 @@ def test_three_stages(tmp_path):
     assert done.stdout.strip().splitlines()[-1].startswith("the model: ")
 
 
-@needs_masks
 def test_finetune_lora(tmp_path, monkeypatch, capsys):
     checkpoint = save_tiny_checkpoint(tmp_path / "tiny")
     Image.new("RGB", (90, 60), "red").save(tmp_path / "page.png")

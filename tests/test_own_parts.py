@@ -9,8 +9,6 @@ import re
 import pytest
 import timm
 import torch
-import transformers
-from packaging.version import Version
 from tiny_data import save_rows
 from tiny_parts import build_family_tokenizer, save_language_model, save_tower
 from tiny_sources import edit_json
@@ -56,9 +54,6 @@ RENDERED = {
     "mistral": "<s>[INST] Hi?[/INST] Yes.</s>[INST] Why?[/INST]",
 }
 TRAINING = "--learning_rate 0.01 --warmup_steps 0 --save_strategy no --report_to none --per_device_train_batch_size 2"
-needs_training = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
-)
 
 
 class Write(LogitsProcessor):
@@ -78,7 +73,6 @@ def data(tmp_path_factory):
     return save_rows(tmp_path_factory.mktemp("data") / "rows", 4)
 
 
-@needs_training
 @pytest.mark.parametrize(("family", "tower", "add_stage", "factor", "template", "end"), MATRIX, ids=lambda value: value)
 def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tmp_path, photo, recwarn):
     text, vision = save_language_model(family, tmp_path / "text"), save_tower(tower, tmp_path / "vision")
@@ -223,7 +217,6 @@ def test_init_makes_a_llava_of_a_vit(tower, tmp_path, photo):
         init_model(vision, text, tmp_path / "other", add_stage="1x8")
 
 
-@needs_training
 def test_llava_pretraining_starts_from_init_without_a_warning(data, tmp_path, recwarn):
     text, vision = save_language_model("qwen3", tmp_path / "text"), save_tower("clip", tmp_path / "vision")
     path = init_model(vision, text, tmp_path / "model").output

@@ -190,7 +190,7 @@ def templates(processor):
 
 
 @pytest.mark.parametrize("version", ["v1", "plain"])
-def test_labels_and_losses(version, aligned_masks, original, reference, model, processor, templates):
+def test_labels_and_losses(version, original, reference, model, processor, templates):
     compared = 0
     for name, row in read_rows(reference):
         expected = original[0]["train"][version][name][row["id"]]
@@ -213,7 +213,7 @@ def test_labels_and_losses(version, aligned_masks, original, reference, model, p
 
 
 @pytest.mark.parametrize("trainer", ["trl", "convllava"])
-def test_what_training_sees(trainer, aligned_masks, original, reference, converted, tmp_path):
+def test_what_training_sees(trainer, original, reference, converted, tmp_path):
     """From the JSON through `convllava data build` and a collator, TRL's or ours: the original's ids and labels."""
     pytest.importorskip("trl", reason="training needs the extra `train`")
     from datasets import load_dataset
@@ -238,7 +238,7 @@ def test_what_training_sees(trainer, aligned_masks, original, reference, convert
         assert batch["labels"][0].tolist() == expand_labels(expected[name]), name
 
 
-def test_loss_of_a_batch(aligned_masks, original, reference, model, processor, templates):
+def test_loss_of_a_batch(original, reference, model, processor, templates):
     expected = original[0]["train"]["v1"]["batch_of_train.json"]
     rows = {row["id"]: row for _, row in read_rows(reference)}
     encoded = [encode(rows[name], reference, processor, templates["v1"]) for name in expected["ids"]]
@@ -257,7 +257,7 @@ def test_loss_of_a_batch(aligned_masks, original, reference, model, processor, t
     assert loss == pytest.approx(expected["loss"], abs=LOSS)
 
 
-def test_gradient_norms(aligned_masks, original, reference, model, processor, templates):
+def test_gradient_norms(original, reference, model, processor, templates):
     expected = original[0]["train"]["grad_norms"]
     rows = {row["id"]: row for _, row in read_rows(reference)}
     inputs, labels = encode(rows[expected["sample"]], reference, processor, templates["v1"])

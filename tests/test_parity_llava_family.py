@@ -301,7 +301,7 @@ def check_labels(family, version, recorded, processor, image_tokens):
 
 
 @pytest.mark.parametrize(("family", "version"), list(list_versions()))
-def test_labels(family, version, aligned_masks, load):
+def test_labels(family, version, load):
     model, processor = load(family)
     training = read_expected(family)[0]["training"]
     recorded = training.get("legacy_false", training)[version]
@@ -309,7 +309,7 @@ def test_labels(family, version, aligned_masks, load):
     assert compared == (1 if version == "plain" else 3)
 
 
-def test_labels_with_a_legacy_tokenizer(aligned_masks, tmp_path):
+def test_labels_with_a_legacy_tokenizer(tmp_path):
     """A checkpoint whose tokenizer puts the leading space after every special token, as those before v1.5."""
     for part in ("model", TOWERS["llava_v1_5"]):
         shutil.copytree(REFERENCE / "llava_v1_5" / part, tmp_path / part)
@@ -324,7 +324,7 @@ def test_labels_with_a_legacy_tokenizer(aligned_masks, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava_v0_delta", "llavar"])
-def test_by_default_answers_and_their_ends_are_trained_on(family, aligned_masks, load):
+def test_by_default_answers_and_their_ends_are_trained_on(family, load):
     processor = load(family)[1]
     row = json.loads((REFERENCE / family / "train.json").read_text())[1]
     _, labels = encode(family, row, processor, processor.chat_template)
@@ -339,7 +339,7 @@ LOSSES = [("llava_v1_5", "v1"), ("llava_v0_delta", "v0_square"), ("llavar", "lla
 
 @pytest.mark.parametrize(("family", "version"), LOSSES, ids=[family for family, _ in LOSSES])
 @torch.no_grad()
-def test_loss_of_a_batch(family, version, aligned_masks, load):
+def test_loss_of_a_batch(family, version, load):
     model, processor = load(family)
     expected = read_expected(family)[0]["training_batch"]
     template, losses, tokens = read_template(processor, version), 0.0, 0

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from packaging.version import Version
 
 from convllava_hf import answer, load
 
 
 pytest.importorskip("trl", reason="the quickstart trains with TRL, of the extra `train`")
-if Version(transformers.__version__) < Version("5.18"):
-    pytest.skip("TRL takes the loss on answers only from transformers 5.18 on", allow_module_level=True)
 FOLDER = Path(__file__).parent.parent / "examples" / "quickstart"
 
 

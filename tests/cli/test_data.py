@@ -39,7 +39,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def test_build_check_and_show(files, checkpoint, tmp_path, aligned_masks):
+def test_build_check_and_show(files, checkpoint, tmp_path):
     one, output = files / "one.json", tmp_path / "out"
     code, text = run("build", "--llava-json", one, "--llava-json", one, "--image-root", files, "-o", output)
     assert code == 0 and "one: 2 read, 0 skipped, 2 written, 1 text only, 1 images" in text
@@ -181,7 +181,7 @@ def test_mixtures_are_listed():
     assert code == 0 and [line.split()[0] for line in text.splitlines()] == list(list_files("mixture"))
 
 
-def test_llava_of_transformers_counts_and_shows_too(files, tmp_path, aligned_masks):
+def test_llava_of_transformers_counts_and_shows_too(files, tmp_path):
     model, output = save_tiny_llava(tmp_path / "llava"), tmp_path / "out"
     options = ["--model", model, "--max-length", 100, "--num-proc", 2]
     code, _ = run("build", "--llava-json", files / "one.json", "--image-root", files, "-o", output, *options)
@@ -232,7 +232,7 @@ def test_tokens_that_share_a_character_stay_together(checkpoint):
     assert list(split_tokens(ids, 0, len(ids), tokenizer)) == ["a", " ", "😀", "b"]
 
 
-def test_the_example_runs(files, checkpoint, tmp_path, aligned_masks):
+def test_the_example_runs(files, checkpoint, tmp_path):
     script = Path(__file__).parents[2] / "examples" / "build_dataset.py"
     arguments = [
         "--llava-json",

@@ -546,7 +546,7 @@ def encode(messages, images, processor, template=None, **kwargs):
 
 
 @pytest.mark.parametrize("version", ["v1", "plain"])
-def test_labels_equal_the_originals(version, aligned_masks, reference, processor, tmp_path):
+def test_labels_equal_the_originals(version, reference, processor, tmp_path):
     """Rows of the built dataset, rendered by the converted checkpoint, against the recorded labels."""
     folder, compared = reference / "convllava", 0
     expected = json.loads((folder / "expected.json").read_text())["train"][version]
@@ -574,7 +574,7 @@ def test_labels_equal_the_originals(version, aligned_masks, reference, processor
     assert compared == {"v1": 9, "plain": 3}[version]
 
 
-def test_trl_collates_built_rows(aligned_masks, reference, processor, tmp_path):
+def test_trl_collates_built_rows(reference, processor, tmp_path):
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     folder = reference / "convllava"

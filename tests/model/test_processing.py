@@ -82,7 +82,7 @@ def test_offsets_describe_the_text_that_was_tokenised(processor, text):
     assert rebuilt + text[position:] == expanded
 
 
-def test_masks_cover_the_answers_of_a_batch(aligned_masks, processor):
+def test_masks_cover_the_answers_of_a_batch(processor):
     chats = []
     for question, answer, image in (("What?", "4 apples.", picture()), ("Hi", "Hello", None)):
         content = [{"type": "text", "text": question}]

@@ -35,7 +35,7 @@ def draw_row() -> tuple[list, list, list]:
     return places + [(0, 0)] * 3, list(zip(edges[::2], edges[1::2], strict=True)), replacements
 
 
-def test_random_rows_are_marked_as_by_transformers(aligned_masks):
+def test_random_rows_are_marked_as_by_transformers():
     for _ in range(100):
         places, answers, replacements = zip(*(draw_row() for _ in range(3)), strict=True)
         encoded = {"input_ids": places, "offset_mapping": places, "text_replacement_offsets": replacements}
@@ -52,7 +52,7 @@ def test_spans_in_any_order_may_overlap():
 
 
 @pytest.mark.parametrize("template", list_chat_templates())
-def test_every_template_is_marked_as_by_transformers(template, aligned_masks, converted):
+def test_every_template_is_marked_as_by_transformers(template, converted):
     processor = AutoProcessor.from_pretrained(converted)
     text = lambda role, value: {"role": role, "content": [{"type": "text", "text": value}]}  # noqa: E731
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)

@@ -2,17 +2,10 @@
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
+from ranks import train, train_on_ranks
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import make_rows, save_tiny_llava
-
-
-if Version(transformers.__version__) < Version("5.18"):
-    pytest.skip("TRL takes the loss on answers only from transformers 5.18 on", allow_module_level=True)
-
-from ranks import train, train_on_ranks
 
 
 WITH_IMAGE, WITHOUT = 0, 4  # places in `make_rows` of rows with an image and without

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from packaging.version import Version
 from peft import PeftModel
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import save_rows, save_tiny_llava
@@ -22,10 +21,6 @@ from convllava_hf.conversion.parts import merge_adapter
 from convllava_hf.shipped import FOLDERS, find_file, list_chat_templates, list_files
 from convllava_hf.training.run import run_recipe
 
-
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
-)
 
 OURS = {"trainable", "projector_learning_rate", "image_aspect_ratio"}  # settings that TRL lacks
 TINY = (

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
-from packaging.version import Version
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import save_rows
 from transformers.utils import logging
@@ -26,9 +24,6 @@ from convllava_hf.training.runs import (
 )
 
 
-needs_masks = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="TRL takes the loss on answers only from 5.18 on"
-)
 RUN = {"recipe": "mine", "data": "rows", "model": "tiny", "rows per step": "4 x 1"}
 
 
@@ -136,7 +131,6 @@ def parts(tmp_path_factory) -> list[str]:
     return ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--max_steps", "2"]
 
 
-@needs_masks
 def test_used_folder_is_refused_before_anything_is_loaded(parts, tmp_path):
     from convllava_hf.training.run import run_recipe
 
@@ -146,7 +140,6 @@ def test_used_folder_is_refused_before_anything_is_loaded(parts, tmp_path):
         run_recipe("tiny_cpu_stage1", parts)
 
 
-@needs_masks
 @pytest.mark.parametrize(
     ("file", "recipe"), [("model.safetensors", "tiny_cpu_stage1"), ("optimizer.pt", "tiny_cpu_stage3")]
 )
@@ -171,7 +164,6 @@ def test_full_disk_leaves_no_half_checkpoint(parts, tmp_path, file, recipe):
     assert not names & {UNFINISHED, "checkpoint-1", "checkpoint-2", "model.safetensors"}
 
 
-@needs_masks
 def test_code_of_a_checkpoint_never_runs(parts, tmp_path):
     """`auto_map` everywhere it is followed, in a checkpoint, under a recipe that asks for trust."""
     import shutil

@@ -15,17 +15,11 @@ import torch
 import transformers
 from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
-from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import make_rows, save_rows, save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-
-
-if Version(transformers.__version__) < Version("5.18"):
-    pytest.skip("TRL takes the loss on answers only from transformers 5.18 on", allow_module_level=True)
-
 from trl import SFTTrainer
 
 from convllava_hf.images import undecode_images

@@ -16,6 +16,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_three_stages(tmp_path):
     environment = {

@@ -189,7 +189,7 @@ def fit_to_corner(image: Image.Image, side: int) -> Image.Image:
     """
     size = tuple(max(1, length * side // max(image.size)) for length in image.size)
     square = Image.new("RGB", (side, side))
-    square.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    square.paste(convert_to_rgb(image).resize(size, Image.Resampling.BICUBIC))
     return square
 
 

@@ -64,6 +64,7 @@ def test_published_numbers_of_every_family():
     assert find_published("textvqa", {}) == (
         {
             **{"ConvLLaVA-sft-768": 59.1, "ConvLLaVA-sft-1024": 62.5, "ConvLLaVA-sft-1536": 65.8},
+            **{"llava-v1.5-7b": 58.2, "llava-v1.5-13b": 61.3},
             **{"TinyLLaVA-3.1B": 59.1, "TinyLLaVA-2.0B": 56.4, "TinyLLaVA-1.5B": 51.7},
         },
         "accuracy",

@@ -185,6 +185,19 @@ def test_merge_refuses_a_base_that_lacks_a_layer_or_overflows(adapter, base, tmp
         refuse(adapter, tmp_path / "merged", problem, base=str(broken), dtype="float16")
 
 
+def test_adapters_and_whole_models_do_not_share_a_repository(hub, adapter, base):
+    push_checkpoint(adapter, "someone/adapter", base="someone/base")
+    push_checkpoint(base, "someone/base")
+    for folder, name, found in (
+        (base, "someone/adapter", "adapter_config.json"),
+        (adapter, "someone/base", "config.json"),
+    ):
+        before = hub.list_files(name)
+        with pytest.raises(HubError, match=rf"\({found}\)"):
+            push_checkpoint(folder, name, base="someone/base" if folder == adapter else None)
+        assert hub.list_files(name) == before
+
+
 def test_inserting_a_projector_is_strict(base, tmp_path):
     projector = extract_projector(base, tmp_path / "p.safetensors")
     weights = load_file(projector)

@@ -204,7 +204,9 @@ def test_doctor_bounds_what_a_configuration_asks_for(copy):
 
 def test_doctor_bounds_templates(copy):
     (copy / "chat_template.jinja").write_text("{{ 'a' * 9999999999 }}")
-    assert "memory" in find_problems(copy)["chat template renders, with the right number of image tokens"]
+    problems = find_problems(copy)
+    assert "memory" in problems["chat template renders, with the right number of image tokens"]
+    assert "memory" in problems["answers end in an end token"]
 
 
 def test_pipes_as_weights_are_not_read(copy):

@@ -195,7 +195,7 @@ def test_info_names_what_is_wrong(copy, tmp_path):
 
 
 def test_sound_checkpoints_pass(tiny, converted, llava):
-    for folder, number in ((tiny, 10), (converted, 11), (llava, 10)):
+    for folder, number in ((tiny, 11), (converted, 12), (llava, 11)):
         checks = check_checkpoint(folder)
         assert len(checks) == number and not [check for check in checks if check.problem], checks
 
@@ -287,7 +287,7 @@ def test_commands(hub, copy, monkeypatch):
     assert code == 0, output
     (copy / "helper.py").touch()
     code, output = run("doctor", copy)
-    assert code == 1 and "wrong  code files" in output and "error: 1 of 10 checks" in output
+    assert code == 1 and "wrong  code files" in output and "error: 1 of 11 checks" in output
     monkeypatch.delenv("HF_TOKEN")
     code, output = run("info", "someone/tiny")
     assert code == 3 and output.splitlines()[-1].startswith("error: looking at someone/tiny failed: HTTP 401")
@@ -299,4 +299,4 @@ def test_doctor_in_a_process_of_its_own(tmp_path):
     command = [str(Path(sys.executable).parent / "convllava"), "doctor", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("ok ") == len(done.stdout.splitlines()) == 10
+    assert done.stdout.count("ok ") == len(done.stdout.splitlines()) == 11

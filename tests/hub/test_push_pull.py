@@ -95,6 +95,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_other_machines_compute_the_same_without_the_package_and_offline(hub, checkpoint, tmp_path):
     pushed = push_checkpoint(checkpoint, REPO, shard_size="100KB")
     assert sum(name.endswith(".safetensors") for name in pushed.changes) > 2

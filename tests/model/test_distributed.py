@@ -91,6 +91,7 @@ os._exit(0)  # the threads of FSDP's streams on a CPU may still run, and abort a
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ranks_that_need_the_tower_differently_often(kind, tmp_path):
     """Tower trained and frozen: gradients are the mean of those of the two batches in one process."""

@@ -285,6 +285,7 @@ def test_adapters_load_as_those_of_any_model(models, data, tmp_path):
         torch.testing.assert_close(plain.eval()(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_stock_command_runs_a_recipe_without_the_package(models, data, tmp_path):
     """`trl sft` in a process that cannot import this package: the checkpoint's own code does the freezing."""

@@ -115,7 +115,12 @@ def test_the_trainer_gives_the_sampler_columns_that_batches_do_not_need(monkeypa
     built = rows.add_column("image_sizes", sizes).add_column("text_tokens", [5, 3, 1, 9, 2, 7])
     monkeypatch.setattr("convllava_hf.training.sampler.read_size", None)
     arguments = {"group_by_modality_length": True, "max_length": None, "train_batch_size": 1, "world_size": 1}
-    arguments |= {"data_seed": None, "seed": 0, "main_process_first": lambda desc: nullcontext()}
+    arguments |= {
+        "data_seed": None,
+        "seed": 0,
+        "train_sampling_strategy": "random",
+        "main_process_first": lambda desc: nullcontext(),
+    }
     trainer = SimpleNamespace(
         train_dataset=built, args=SimpleNamespace(**arguments), data_collator=SimpleNamespace(processor=processor)
     )

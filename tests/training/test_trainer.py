@@ -157,12 +157,12 @@ class HalvedSGD(torch.optim.SGD):
 def test_learning_rates_per_part_keep_the_optimizer_that_was_asked_for(make_trainer):
     """The groups of transformers' own construction are split; class and settings stay those that were passed."""
     trainer = make_trainer(**PLAN, projector_learning_rate=1e-4, weight_decay=0.1)
-    trainer.optimizer_cls_and_kwargs = (HalvedSGD, {"lr": 1e-3, "momentum": 0.5})
+    trainer.optimizer_cls_and_kwargs = (HalvedSGD, {"lr": 5e-3, "momentum": 0.5})
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is HalvedSGD
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
     rates = {(group["part"], group["weight_decay"]): group["lr"] for group in optimizer.param_groups}
-    assert rates == {("rest", 0.1): 1e-3, ("rest", 0.0): 1e-3, ("projector", 0.1): 1e-4, ("projector", 0.0): 1e-4}
+    assert rates == {("rest", 0.1): 5e-3, ("rest", 0.0): 5e-3, ("projector", 0.1): 1e-4, ("projector", 0.0): 1e-4}
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
 
@@ -492,6 +492,7 @@ def test_killed_training_resumes_to_the_same_weights(checkpoint, data, tmp_path)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_learn_as_one(checkpoint, data, tmp_path):
     """DDP through the trainer, with frozen parts, and batches of one rank without images."""
@@ -524,7 +525,7 @@ def test_leaves_curves_and_a_card(checkpoint, data, tmp_path):
     assert "| recipe | tiny_cpu_stage1 |" in card and f"| data | {data} |" in card
     assert "| rows per step | 2 (2 x 1 x 1) |" in card
     assert card.count("## How it was trained") == 1
-    assert r"multi_modal_projector, vision_tower.*stages\.4\." in card
+    assert r"multi_modal_projector\|vision_tower.*stages\.4\." in card
 
 
 def test_curves_without_a_loss(tmp_path):

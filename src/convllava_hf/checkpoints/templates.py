@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,18 +22,30 @@ MAX_CHARACTERS = 10**6
 
 
 def render_chat_template(processor: ProcessorMixin, messages: list[dict]) -> str:
-    """Renders a conversation, with the start of an answer, as `apply_chat_template` does.
+    """Renders a conversation, with the start of an answer, as `apply_chat_template` does; see [`run_in_bounds`]."""
 
-    Where the system cannot fork (Windows), it is rendered in this process, without bounds.
+    def render() -> str:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"it makes {len(text)} characters of a short question")
+        return text
+
+    return run_in_bounds(render)
+
+
+def run_in_bounds(render: Callable[[], str | None]) -> str | None:
+    """Calls a function that renders a chat template and gives what it returns.
+
+    Where the system cannot fork (Windows), it runs in this process, without bounds.
 
     Raises:
         ConversionError: the template fails, or goes beyond a bound.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return render()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_render, args=(sender, processor, messages), daemon=True)
+    process = context.Process(target=_send_result, args=(sender, render), daemon=True)
     with warnings.catch_warnings():
         # The process runs Python alone, so threads of this one that hold locks of C libraries do not matter.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -55,7 +68,7 @@ def render_chat_template(processor: ProcessorMixin, messages: list[dict]) -> str
     return text
 
 
-def _render(sender: Connection, processor: ProcessorMixin, messages: list[dict]):
+def _send_result(sender: Connection, render: Callable[[], str | None]):
     import resource
 
     try:
@@ -63,11 +76,7 @@ def _render(sender: Connection, processor: ProcessorMixin, messages: list[dict])
         if Path("/proc/self/statm").exists():
             size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (size + MAX_BYTES, resource.RLIM_INFINITY))
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        if len(text) > MAX_CHARACTERS:
-            sender.send((False, f"it makes {len(text)} characters of a short question"))
-        else:
-            sender.send((True, text))
+        sender.send((True, render()))
     except MemoryError:
         sender.send((False, f"it needs more than {MAX_BYTES // 2**20} MB of memory"))
     except Exception as error:  # templates raise what they like

@@ -23,7 +23,7 @@ from ..checkpoints.shapes import (
     find_quantization,
     find_relabelled,
 )
-from ..checkpoints.templates import render_chat_template
+from ..checkpoints.templates import render_chat_template, run_in_bounds
 from ..checkpoints.turn_ends import find_turn_problem, read_end_ids
 from ..checkpoints.weight_maps import ConversionError
 
@@ -112,7 +112,8 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         with check("chat template renders, with the right number of image tokens") as found:
             found.problem = _check_template(processor, config)
         with check("answers end in an end token") as found:
-            found.problem = find_turn_problem(processor.tokenizer, processor.chat_template, read_end_ids(folder))
+            ends = read_end_ids(folder)
+            found.problem = run_in_bounds(lambda: find_turn_problem(processor.tokenizer, processor.chat_template, ends))
     if kind == "convllava":
         with check("code files are those of the installed version") as found:
             wrong = [f"{name} is {state}" for name, state in list_code_files(folder).items() if state != "same"]

@@ -42,7 +42,10 @@ NOT_PUBLISHED = ("trainer_state.json", ".*")
 
 
 # Weights and code of an earlier push, which would be mixed with the new ones.
-REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", *HUB_FILES)
+REPLACED = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", *HUB_FILES),
+)
 
 
 @dataclass
@@ -150,6 +153,7 @@ def push_checkpoint(
             if not dry_run:
                 api.create_branch(repo_id, branch=branch)
             parent, there = list_remote(api, repo_id, "main" if dry_run else branch)
+        check_kind(folder, repo_id, set(there))
         operations = []
         for name, file in files.items():
             change, operation = compare_file(name, file, there.get(name), dry_run)
@@ -175,6 +179,23 @@ def push_checkpoint(
         )
         report.url = commit.pr_url or commit.commit_url
     return report
+
+
+def check_kind(folder: Path, repo_id: str, there: set[str]):
+    """Refuses to put an adapter over a whole model, or the other way round.
+
+    transformers loads the adapter wherever it finds `adapter_config.json`, beside which weights.
+
+    Raises:
+        HubError: the branch holds the other kind.
+    """
+    other = {"config.json"} if is_adapter(folder) else {ADAPTER_CONFIG}
+    if found := sorted(other & (there - {path.name for path in folder.iterdir()})):
+        kinds = ("an adapter", "a whole model") if is_adapter(folder) else ("a whole model", "an adapter")
+        raise HubError(
+            f"{folder} is {kinds[0]}, and {repo_id} holds {kinds[1]} ({found[0]}); expected one kind, as what loads "
+            "them would take the adapter. Push to another repository, or delete what is there."
+        )
 
 
 def compare_file(

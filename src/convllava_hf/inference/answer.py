@@ -246,7 +246,8 @@ def answer(
         prompt_tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
     )
-    ends = list_stop_strings(model)
+    more = generation_kwargs.pop("stop_strings", None) or []
+    ends = [*list_stop_strings(model), *([more] if isinstance(more, str) else more)]
     config = GenerationConfig(
         stop_strings=ends or None,
         num_beams=1 if stream else None,  # the pieces of an answer are those of one beam

@@ -115,6 +115,14 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.num_layers = len(past) // 2
         self.cache_shapes = {name: (shape[1], shape[3]) for name, shape in past.items()}
 
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in `GenerationMixin`, but never generates a placeholder: it stands for an image that does not exist."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = generation_config.suppress_tokens or []
+        if self.config.image_token_id not in suppressed:
+            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
+        return generation_config, model_kwargs
+
     @property
     def device(self) -> torch.device:
         """Where inputs are expected; the runtimes take them from the CPU."""

@@ -500,14 +500,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         side = self.config.downsampling_factor
         channels = getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
-        # Batch norms (of some timm towers) refuse to train on one cell, and must not learn from a blank.
-        norms = [module for module in self.vision_tower.modules() if isinstance(module, nn.BatchNorm2d)]
-        modes = [norm.training for norm in norms]
-        for norm in norms:
-            norm.eval()
         features, _ = self._encode(blank)
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.train(mode)
         return features[0]
 
     def _embed_images(

@@ -245,7 +245,8 @@ class ConvLlavaTrainer(SFTTrainer):
             logger.warning(message)
         self.longest_row = max(lengths, default=0)
         rows = self.args.train_batch_size * self.args.world_size
-        return ModalityLengthSampler(lengths, has_images, rows, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityLengthSampler(lengths, has_images, rows, seed)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Makes the optimizer as transformers does; with learning rates per part, its groups are split by part.
@@ -278,7 +279,7 @@ class ConvLlavaTrainer(SFTTrainer):
                         "have rates of their own: leave vision_learning_rate and projector_learning_rate out."
                     )
                 part = parts[id(parameter)]
-                rate = self.args.learning_rate if part == "rest" else rates[part]
+                rate = group["lr"] if part == "rest" else rates[part]
                 own = groups.setdefault((part, number), {**group, "params": [], "lr": rate, "part": part})
                 own["params"].append(parameter)
         optimizer.param_groups[:] = sorted(groups.values(), key=lambda group: group["part"] != "rest")
@@ -307,7 +308,7 @@ class ConvLlavaTrainer(SFTTrainer):
         DeepSpeed steps inside the backward pass, so its norm comes after the step, but before a checkpoint is saved.
         """
         # A step without images moves the projector by its momentum on several processes, and in the originals.
-        for group in self.optimizer.param_groups:
+        for group in [] if self.is_deepspeed_enabled else self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None and parameter in self.optimizer.state:
                     parameter.grad = torch.zeros_like(parameter)

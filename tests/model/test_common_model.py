@@ -75,7 +75,7 @@ class ConvLlavaModelTester:
         }
 
 
-class ConvLlavaModelTest(modeling_suite.ModelTesterMixin, modeling_suite.GenerationTesterMixin, unittest.TestCase):
+class ConvLlavaModelTest(modeling_suite.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (ConvLlavaModel, ConvLlavaForConditionalGeneration)
     _is_composite = True
 

@@ -15,14 +15,13 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__
-from ..images import ImageError, limit_image_tokens, load_image
+from ..images import ImageError, limit_image_tokens, load_image, read_size
 from .scores import Score, read_json, read_json_lines
 from .tasks import PROMPT_STYLES, PromptStyle, Question, find_task, score_task
 
@@ -93,9 +92,11 @@ def read_sizes(questions: list[Question], images: Path | None) -> tuple[dict[int
         try:
             sizes[index] = (0, 0)
             for source in open_images(question, images):
-                with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                    sizes[index] = (opened.height, opened.width)
-        except Exception as error:  # Pillow raises whatever a broken file makes its readers stumble over
+                if not isinstance(source, Image.Image):
+                    is_content = isinstance(source, bytes)
+                    source = {"bytes": source if is_content else None, "path": None if is_content else source}
+                sizes[index] = read_size(source)
+        except Exception as error:  # of files that are not there, and of what read_size says
             bad[index] = str(error)
             del sizes[index]
     return sizes, bad

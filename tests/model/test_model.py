@@ -303,6 +303,9 @@ def test_positions_to_score_in_every_form_of_transformers(model):
         torch.testing.assert_close(model(input_ids=input_ids, logits_to_keep=kept).logits, expected)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.8"), reason="the compiler of torch 2.7 stops at configurations"
+)
 def test_the_forward_with_image_sizes_is_one_graph(model):
     torch._dynamo.reset()
     pixel_values, image_sizes = batch_images((64, 128), (64, 128))

@@ -100,6 +100,17 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Of weights, gradients and AdamW's moments.")] = "float32",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="What each GPU holds by the stage's recipes, activations included.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="With --memory: from one GPU to so many.")] = 1,
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="With --memory: side of the images. [default: the checkpoint's]"),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="With --memory: length of the rows. [default: the recipe's longest]")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
     as_json: JsonOption = False,
 ):
@@ -108,8 +119,9 @@ def plan(
     Reads no weights.
 
     \b
-    Example:
+    Examples:
       convllava plan CHECKPOINT --stage 2 --vision-from stage3.9
+      convllava plan CHECKPOINT --stage 3 --memory --gpus 8
     """
     with report_errors():
         import torch
@@ -127,6 +139,17 @@ def plan(
         if vision_from is not None and stage != 2:
             raise ValueError(f"--vision-from {vision_from} is for stage 2, which trains a part of the tower.")
         patterns = get_trainable(config, stage, vision_from or "stage3")
+        if memory:
+            from transformers import AutoImageProcessor
+
+            from ..training.memory import plan_memory
+
+            if image_size is None:
+                size = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).size
+                image_size = size.get("height") or size["shortest_edge"]
+            table = plan_memory(config, stage, patterns, gpus=gpus, image_size=image_size, tokens=tokens)
+            print_json({"stage": stage, "image_size": image_size, "recipes": table}) if as_json else print_memory(table)
+            return
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         set_trainable(model, patterns)
@@ -148,6 +171,22 @@ def plan(
         # Other classes do not take `trainable`; `convllava train` freezes them by the trainer's own argument.
         is_ours = config.model_type == "convllava"
         print(f"model_init_kwargs:\n  trainable: {listed}" if is_ours else f"trainable: {listed}")
+
+
+def print_memory(table: list[dict]) -> None:
+    """Prints the rows of `plan_memory` in GB, each recipe with the batch that it was played with."""
+    columns = ("weights", "gradients", "moments", "activations", "total")
+    width = max(len(row["recipe"]) for row in table)
+    print(f"{'GB per GPU':{width}}  GPUs  rows x tokens  " + "  ".join(f"{column:>11}" for column in columns))
+    for row in table:
+        batch = f"{row['rows']} x {row['tokens']}"
+        sizes = "  ".join(f"{row[column] / 1e9:>11.2f}" for column in columns)
+        print(f"{row['recipe']:{width}}  {row['gpus']:>4}  {batch:>13}  {sizes}")
+    print(
+        "\nThe most that a step takes, with activations recomputed. On several GPUs FSDP2 or ZeRO-3 divide weights, "
+        "gradients and moments; recipes with adapters divide nothing. Leave a few GB for the CUDA context and for "
+        "gaps between tensors."
+    )
 
 
 def merge(

@@ -149,3 +149,13 @@ def estimate_states(model: nn.Module, shards: int = 1) -> int:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return (weights + 3 * trained) // shards
+
+
+def keep_trained_precise(model: torch.nn.Module) -> None:
+    """Keeps what is trained beside frozen weights in float32: bfloat16 has no updates under 0.4% of a weight.
+
+    Source: DeepSpeed's master weights, with which the originals train.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()

@@ -35,7 +35,7 @@ from .arguments import ConvLlavaTrainingArguments
 from .blank_images import add_passes, count_passes
 from .callbacks import CurvesCallback, LossBarCallback
 from .collator import ConvLlavaCollator
-from .plans import PARTS
+from .plans import PARTS, keep_trained_precise
 from .runs import UNFINISHED, find_last_checkpoint, remove_if_cut_short, replace_model, write_manifest
 from .sampler import ModalityLengthSampler, describe_long_rows, measure_lengths
 from .throughput import Throughput
@@ -418,16 +418,6 @@ class ConvLlavaTrainer(SFTTrainer):
                 card.data.library_name = "peft"
             card.text += describe_training(self.args, self.recipe, self.data, adapter)
             card.save(file)
-
-
-def keep_trained_precise(model: torch.nn.Module) -> None:
-    """Keeps what is trained beside frozen weights in float32: bfloat16 has no updates under 0.4% of a weight.
-
-    Source: DeepSpeed's master weights, with which the originals train.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
 
 
 def set_aspect_ratio(processor, value: str) -> None:

@@ -681,3 +681,31 @@ def test_log_says_how_fast_it_is(make_trainer):
     shares = [entry["padding"] for entry in trainer.state.log_history if "padding" in entry]
     first = 1 - batch["attention_mask"].float().mean().item()
     assert shares[0] == pytest.approx(first, abs=1e-3)
+
+
+def test_fixed_questions_are_answered_at_each_evaluation(make_trainer, tmp_path):
+    """`eval_generate`: exact answers in the log beside the loss, in the curves, and on a page with the pictures."""
+    rows = make_rows(1).select([0] * 12)  # one question, which a tiny model learns by heart
+    settings = {"eval_strategy": "steps", "eval_on_start": True, "eval_generate": 2, "eval_steps": 20, "max_steps": 20}
+    settings["learning_rate"] = 1e-2
+    trainer = make_trainer(rows, eval_dataset=rows, **settings)
+    trainer.train()
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    exact = [entry["eval_exact_match"] for entry in evaluated]
+    assert [entry["step"] for entry in evaluated] == [0, 20]
+    assert exact[0] < exact[-1] == 1.0
+    record = json.loads((tmp_path / "output" / "evaluation_answers.json").read_text())
+    assert record["expected"] == ["Answer 0."] * 2 and record["answers"]["20"] == ["Answer 0."] * 2
+    assert record["answers"]["0"] != record["answers"]["20"]
+    page = (tmp_path / "output" / "evaluation_answers.html").read_text()
+    assert page.count("<img ") == 2 and page.count("class='right'>Answer 0.") >= 2 and page.count(">step 0<") == 2
+    assert Image.open(tmp_path / "output" / "training_curves.png").width > 1200  # three plots
+
+    resumed = make_trainer(rows, eval_dataset=rows, **settings)
+    resumed.sample.load_record(step=20)
+    assert list(resumed.sample.answers) == [0]
+
+
+def test_questions_to_answer_need_evaluation_data(make_trainer):
+    with pytest.raises(ValueError, match="eval_generate=2 needs evaluation data.*--eval_strategy steps.*--holdout"):
+        make_trainer(eval_generate=2)

@@ -30,6 +30,8 @@ class ConvLlavaTrainingArguments(SFTConfig):
             the same pixels. For `image_aspect_ratio` "pad" and "squash" of this package's models.
         image_aspect_ratio: `"pad"`, `"native"` or `"squash"` for a ConvNeXt tower, `"pad"` or `"crop"` for a ViT.
             Default: the checkpoint's.
+        eval_generate: answer so many fixed questions of the evaluation data at every evaluation. Their share of exact
+            answers is logged as `eval_exact_match`, and `evaluation_answers.html` shows them over time.
         overwrite_output_dir: start anew in an `output_dir` that was used, and delete the checkpoints in it.
         max_length: rows are cut to so many tokens on the right, but never inside or before an image.
     """
@@ -60,6 +62,9 @@ class ConvLlavaTrainingArguments(SFTConfig):
     )
     image_aspect_ratio: str | None = field(
         default=None, metadata={"help": "How images become the tower's shape. Default: the checkpoint's."}
+    )
+    eval_generate: int = field(
+        default=0, metadata={"help": "Held-out questions to answer at every evaluation, for eval_exact_match."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output_dir that was used; deletes its checkpoints."}

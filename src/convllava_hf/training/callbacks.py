@@ -52,7 +52,11 @@ class LossBarCallback(ProgressCallback):
     def _write_line(self, state, logs: dict) -> None:
         """A line for a log, but no more than one in `SECONDS_PER_LINE`; the first, the last and evaluations always."""
         is_due = time.monotonic() - self.last_line >= SECONDS_PER_LINE or state.global_step >= state.max_steps
-        shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
+        shown = {
+            key: logs[key]
+            for key in ("loss", "eval_loss", "eval_exact_match", "learning_rate", "grad_norm")
+            if key in logs
+        }
         if shown and (is_due or "eval_loss" in logs):
             self.last_line = time.monotonic()
             text = "  ".join(f"{key} {float(value):.4g}" for key, value in shown.items())
@@ -73,14 +77,22 @@ class CurvesCallback(TrainerCallback):
 
 
 def draw_curves(log_history: list[dict], file: Path) -> None:
-    """Writes a picture of the loss and the learning rate over the steps; nothing where no loss was logged."""
+    """Writes a picture of the loss, the learning rate and, where there are any, exact answers over the steps.
+
+    Writes nothing where no loss was logged.
+    """
     points = [entry for entry in log_history if "loss" in entry]
     if not points:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
+    matches = [entry for entry in log_history if "eval_exact_match" in entry]
+    plots = 3 if matches else 2
+    figure = Figure(figsize=(4.5 * plots, 3.2), layout="constrained")
+    loss, rate, *exact = figure.subplots(1, plots)
+    for plot in exact:
+        plot.plot([entry["step"] for entry in matches], [entry["eval_exact_match"] for entry in matches], "o-")
+        plot.set(xlabel="step", ylabel="share of exact answers", ylim=(0, 1))
     steps = [entry["step"] for entry in points]
     losses = [entry["loss"] for entry in points]
     # Steps hold rows of one kind and of similar length, the longest first: their losses differ for that reason alone.

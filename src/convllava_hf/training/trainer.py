@@ -37,6 +37,7 @@ from .callbacks import CurvesCallback, LossBarCallback
 from .collator import ConvLlavaCollator
 from .plans import PARTS, keep_trained_precise
 from .runs import UNFINISHED, find_last_checkpoint, remove_if_cut_short, replace_model, write_manifest
+from .sample_answers import SampleAnswers, sample_questions
 from .sampler import ModalityLengthSampler, describe_long_rows, measure_lengths
 from .throughput import Throughput
 from .vision_cache import VisionCache
@@ -88,6 +89,7 @@ class ConvLlavaTrainer(SFTTrainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = undecode_images(self.eval_dataset)
             self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
+        self.sample = self._sample_questions() if args.eval_generate else None
         self._silence_padded_ids()
         if self.is_fsdp_enabled:
             self._name_sharded_layers()
@@ -134,6 +136,33 @@ class ConvLlavaTrainer(SFTTrainer):
                 "use_peft trains nothing but its adapters and lora_modules_to_save. Of what the recipe trains without "
                 f"it, these tensors stay frozen: {', '.join(f'{count} of {part}' for part, count in frozen.items())}."
             )
+
+    def _sample_questions(self) -> SampleAnswers:
+        """The questions of `eval_generate`."""
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
+            raise ValueError(
+                f"eval_generate={self.args.eval_generate} needs evaluation data, as one dataset: --eval_strategy "
+                "steps, and a split `test`, which `convllava data build --holdout` makes."
+            )
+        if not isinstance(self.data_collator, ConvLlavaCollator):
+            raise ValueError("eval_generate is for rows with images.")
+        original_rgb = getattr(self.processing_class.image_processor, "original_rgb", False)
+        questions = sample_questions(self.eval_dataset, self.args.eval_generate, original_rgb)
+        return SampleAnswers(questions, Path(self.args.output_dir))
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluates as transformers does, and answers the sample; the share of exact answers is one of the metrics."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.sample is not None:
+            step = self.state.global_step
+            self.sample.load_record(step)
+            # Every process answers everything, as sharded weights are gathered by all of them together.
+            with self.compute_loss_context_manager():
+                exact = self.sample.ask(self.model, self.processing_class, step)
+            output.metrics[f"{metric_key_prefix}_exact_match"] = exact
+            if self.is_world_process_zero():
+                self.sample.write()
+        return output
 
     def _fill_cache(self) -> VisionCache:
         """Computes the tower's features of all training images, as this run would."""

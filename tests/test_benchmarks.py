@@ -146,3 +146,49 @@ def test_documents_of_reading_show_their_truth_and_nothing_is_cut(load):
         again = reading.draw_document(kind, 16, 256, font, random.Random(0))
         assert page.tobytes() == again[0].tobytes() and (question, truth) == again[1:]
         assert page.convert("L").getextrema()[0] < 60 and truth.replace(".", "").isdigit()
+
+
+@pytest.fixture
+def run_gpu(load, tmp_path):
+    """Runs a part of benchmarks/gpu.py on the CPU at toy sizes and returns its cases."""
+    gpu = load("gpu")
+
+    def run(part: str) -> dict[str, dict]:
+        toy = f"--in-process {part} --toy --device cpu --dtype float32 --repeats 1 --output {tmp_path}"
+        gpu.main(toy.split())
+        return json.loads((tmp_path / "results.json").read_text())["parts"][part]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("part", "cases"), [("correctness", 1), ("tower", 13), ("first_token", 6), ("training", 3), ("serving", 1)]
+)
+def test_every_part_of_gpu_runs_on_a_cpu(run_gpu, tmp_path, part, cases):
+    found = run_gpu(part)
+    assert len(found) == cases
+    for values in found.values():
+        assert not {"error!", "skipped!"} & values.keys(), values
+        assert all(value > 0 for value in values.values() if isinstance(value, float))
+    assert f"## {part}" in (tmp_path / "results.md").read_text()
+    if part == "correctness":
+        (values,) = found.values()
+        assert values["failed"] == "none" and values["tests"] > 0
+
+
+def test_gpu_goes_on_where_it_stopped(run_gpu, load, tmp_path, monkeypatch):
+    """A case with a result is not run again, one that fails is named and the others run, other machines are refused."""
+    gpu, ran = load("gpu"), []
+
+    def fail():
+        ran.append("second")
+        raise ValueError("broken")
+
+    cases = {"first": lambda: ran.append("first") or {"value": 1.0}, "second": fail}
+    monkeypatch.setitem(gpu.PARTS, "tower", lambda options: cases)
+    assert run_gpu("tower") == {"first": {"value": 1.0}, "second": {"error!": "ValueError: broken"}}
+    cases["third"] = lambda: ran.append("third") or {"value": 3.0}
+    assert run_gpu("tower")["third"] == {"value": 3.0} and ran == ["first", "second", "third"]
+    assert "ValueError: broken" in (tmp_path / "results.md").read_text()
+    with pytest.raises(SystemExit, match="another folder"):
+        gpu.main(f"--in-process tower --device cpu --output {tmp_path}".split())

@@ -198,6 +198,7 @@ def merge(
     ] = None,
     dtype: StoredDtypeOption = "auto",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Make one checkpoint of a base model and an adapter.
 
@@ -212,7 +213,8 @@ def merge(
         from ..registration import register
 
         register()
-        print(f"wrote {merge_adapter(adapter, output, base=base, dtype=dtype, force=force)}")
+        path = merge_adapter(adapter, output, base=base, dtype=dtype, force=force)
+        print_json({"output": path}) if as_json else print(f"wrote {path}")
 
 
 def extract_projector(

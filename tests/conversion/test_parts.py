@@ -146,8 +146,7 @@ def test_projectors_that_do_not_fit(checkpoint, other_projector, tmp_path):
 
 def test_commands(checkpoint, adapter, tmp_path):
     run = CliRunner().invoke
-    done = run(app, ["merge", str(adapter[0]), "--output", str(tmp_path / "merged"), "--json"])
-    assert done.exit_code == 0 and json.loads(done.stdout) == {"output": str(tmp_path / "merged")}, done.output
+    assert run(app, ["merge", str(adapter[0]), "--output", str(tmp_path / "merged")]).exit_code == 0
     done = run(app, ["extract-projector", str(tmp_path / "merged"), "--output", str(tmp_path / "mm_projector.bin")])
     assert done.exit_code == 0 and "mm_projector.bin" in done.output
     arguments = ["--projector", str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "new")]

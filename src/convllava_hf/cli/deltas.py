@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ForceOption, JsonOption, OutputOption, ShardOption, print_json, report_errors
+from .options import ForceOption, OutputOption, ShardOption, report_errors
 
 
 BaseOption = Annotated[str, typer.Option(metavar="SOURCE", help="LLaMA: Hub id or folder.", show_default=False)]
@@ -26,7 +26,6 @@ def apply_delta(
     delta_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the delta.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
-    as_json: JsonOption = False,
 ):
     """Merge a released delta with its LLaMA, exactly.
 
@@ -51,7 +50,7 @@ def apply_delta(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print_json({"output": report.output, **report.content}) if as_json else print(report.summary())
+        print(report.summary())
 
 
 def make_delta(
@@ -63,7 +62,6 @@ def make_delta(
     target_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the checkpoint.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
-    as_json: JsonOption = False,
 ):
     """Take the LLaMA off a checkpoint: the inverse of apply-delta.
 
@@ -86,4 +84,4 @@ def make_delta(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print_json({"output": report.output, **report.content}) if as_json else print(report.summary())
+        print(report.summary())

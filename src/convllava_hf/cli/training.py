@@ -198,7 +198,6 @@ def merge(
     ] = None,
     dtype: StoredDtypeOption = "auto",
     force: ForceOption = False,
-    as_json: JsonOption = False,
 ):
     """Make one checkpoint of a base model and an adapter.
 
@@ -213,8 +212,7 @@ def merge(
         from ..registration import register
 
         register()
-        path = merge_adapter(adapter, output, base=base, dtype=dtype, force=force)
-        print_json({"output": path}) if as_json else print(f"wrote {path}")
+        print(f"wrote {merge_adapter(adapter, output, base=base, dtype=dtype, force=force)}")
 
 
 def extract_projector(

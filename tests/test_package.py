@@ -73,7 +73,7 @@ def test_setup_cfg_states_what_is_promised(setup_cfg):
     assert set(setup_cfg["options.extras_require"]) == EXTRAS
     required = read_requirements(setup_cfg)
     assert str(required["transformers"].specifier) == "<6,>=5.19"
-    assert str(required["torch"].specifier) == ">=2.6"
+    assert str(required["torch"].specifier) == ">=2.7"
 
 
 def test_installed_metadata_is_that_of_setup_cfg(setup_cfg):

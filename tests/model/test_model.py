@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import CompileConfig, ConvNextConfig, LlamaConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaModel
@@ -252,8 +253,6 @@ def test_generation_encodes_images_once(model, options):
 
 
 def test_a_prompt_read_in_chunks_answers_the_same(model):
-    from packaging.version import Version
-
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("the oldest versions of transformers do not divide encoded images among chunks")
     inputs = prompts(model)[1][0]

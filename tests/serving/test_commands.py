@@ -106,7 +106,7 @@ def test_the_command_serves_and_shuts_down_in_good_order(converted, tmp_path, pi
         ) as response:
             process.send_signal(signal.SIGTERM)
             assert list(response.iter_lines())[-2] == "data: [DONE]", "what is under way ends first"
-        assert process.wait(60) == 0
+        assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn hands the signal on when all is done
     finally:
         process.kill()
     text = log.read_text()

@@ -185,7 +185,8 @@ def _read_safetensors_header(file: BinaryIO) -> dict[str, tuple[tuple[int, ...],
         if key == "__metadata__":
             continue
         if value["dtype"] not in HEADER_DTYPES:
-            raise ConversionError(f"it holds {key!r} as {value['dtype']}; expected one of {', '.join(HEADER_DTYPES)}.")
+            found = f"{key[:200]!r} as {str(value['dtype'])[:40]}"
+            raise ConversionError(f"it holds {found}; expected one of {', '.join(HEADER_DTYPES)}.")
         tensors[key] = tuple(value["shape"]), HEADER_DTYPES[value["dtype"]]
     return tensors
 

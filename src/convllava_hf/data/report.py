@@ -99,7 +99,7 @@ def report_bad_row(error: BadRow, file: Path, row: int, *, text: str = "", **mor
         more: `line`, `id`, and whatever else helps to find it.
     """
     found = {key: value for key, value in more.items() if value is not None}
-    entry = {"file": str(file), "row": row, **found, "kind": error.kind, "error": error.error}
+    entry = {"file": str(file), "row": row, **found, "kind": error.kind, "error": " ".join(str(error.error).split())}
     return {**entry, **({"text": text[:EXCERPT]} if text else {})}
 
 

@@ -154,7 +154,7 @@ def _describe_folder(name: str, folder: Path) -> CheckpointInfo:
 def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str], BinaryIO]) -> CheckpointInfo:
     adapter = ADAPTER_CONFIG in names and not names & set(WEIGHT_FILES)
     config = read_json(folder / (ADAPTER_CONFIG if adapter else "config.json"))
-    kind, architectures = config.get("model_type"), config.get("architectures")
+    kind, architectures = str(config.get("model_type")), config.get("architectures")
     architectures = list(map(str, architectures)) if isinstance(architectures, list) else []
     info = CheckpointInfo(name, f"{kind} ({', '.join(architectures or ['no architecture named'])})")
     if adapter:

@@ -117,7 +117,7 @@ endif
 # The floors come from setup.cfg: uv picks the lowest version that each of our requirements allows.
 $(FLOOR_READY): setup.cfg pyproject.toml $(FLOOR_STALE) | $(FLOOR_VENV)/bin/python
 	$(call get_uv,$(FLOOR_VENV))
-	$(FLOOR_VENV)/bin/python -m uv pip compile --quiet --resolution lowest-direct --python $(FLOOR_VENV)/bin/python \
+	$(FLOOR_VENV)/bin/python -m uv pip compile --quiet --upgrade --resolution lowest-direct --python $(FLOOR_VENV)/bin/python \
 	  $(addprefix --extra ,$(subst $(comma), ,$(EXTRAS))) setup.cfg -o $(FLOOR_VENV)/floor.txt
 	$(FLOOR_VENV)/bin/python -m uv pip install --compile-bytecode --python $(FLOOR_VENV)/bin/python -r $(FLOOR_VENV)/floor.txt
 	$(FLOOR_VENV)/bin/python -m uv pip install --python $(FLOOR_VENV)/bin/python --no-deps -e .

@@ -98,6 +98,7 @@ def test_recipe_is_flat_and_says_how_to_run_it(name):
     else:
         assert f"trl {name.split('_')[-1]} --config $(convllava recipe {name}) " in head
     assert "GPU" in head or "one processor core" in head
+    assert "# Validation: --eval_strategy steps" in head
     headings = re.findall(r"^# (\w+)$", text, re.MULTILINE)
     assert headings == ["model", "data", "trainer"]
     assert yaml.safe_load(text)["output_dir"] == name
@@ -273,6 +274,24 @@ def test_adapters_of_a_finetuning_train_nothing_that_is_not_saved(models, data, 
     assert trained and all(re.search(r"multi_modal_projector.*modules_to_save|\.lora_[AB]\.", name) for name in trained)
     trainer.create_model_card()  # as `push_to_hub` does after saving
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
+
+
+def test_int8_weights_as_the_documentation_has_them(models, data, tmp_path):
+    """Adapters on weights of the language model in int8; the tower and the output layer keep theirs."""
+    pytest.importorskip("torchao", reason="int8 needs the extra `quantization`")
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(model_init_kwargs:.*?)```", text, re.DOTALL)
+    recipe = tmp_path / "int8.yaml"
+    recipe.write_text(find_file("recipe", "tiny_cpu_lora").read_text() + block)
+    settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data), *TINY]
+    trainer = run_recipe(str(recipe), [*settings, "--output_dir", str(tmp_path / "output")])
+    int8 = {name for name, parameter in trainer.model.named_parameters() if type(parameter).__name__ == "Int8Tensor"}
+    assert len(int8) == 2 * 7 and all("language_model" in name for name in int8)
+    changes = get_changes(models["convllava"], tmp_path / "output", tmp_path)
+    assert changes == {
+        name: "multi_modal_projector" in name or ("language_model" in name and name.endswith("_proj.weight"))
+        for name in changes
+    }
 
 
 def test_adapters_load_as_those_of_any_model(models, data, tmp_path):

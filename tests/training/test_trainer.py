@@ -735,6 +735,21 @@ def write_plain_recipe(folder: Path) -> Path:
     return file
 
 
+def test_stops_early_and_keeps_the_best(make_trainer, tmp_path):
+    """A rate that spoils the model: the first evaluation stays the best, and its weights are what is left."""
+    rows = make_rows(8)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    settings |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "learning_rate": 3.0}
+    trainer = make_trainer(rows, eval_dataset=rows, **settings)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.global_step == 3 == len(losses) and min(losses) == losses[0]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "output" / "checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="early_stopping_patience=2 needs --load_best_model_at_end true"):
+        make_trainer(early_stopping_patience=2)
+
+
 def test_questions_to_answer_need_evaluation_data(make_trainer):
     with pytest.raises(ValueError, match="eval_generate=2 needs evaluation data.*--eval_strategy steps.*--holdout"):
         make_trainer(eval_generate=2)

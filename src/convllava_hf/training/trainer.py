@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlavaImageProcessor, ProgressCallback
+from transformers import EarlyStoppingCallback, LlavaImageProcessor, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -107,6 +107,8 @@ class ConvLlavaTrainer(SFTTrainer):
         self.add_callback(CurvesCallback())
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _name_sharded_layers(self) -> None:
         """Names the layers to shard, as accelerate stops at one that a model lists and lacks (CLIP's text layers)."""

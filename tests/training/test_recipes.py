@@ -105,7 +105,7 @@ def test_recipe_is_flat_and_says_how_to_run_it(name):
 
 
 @pytest.mark.parametrize("train", [train_with_trl, train_with_convllava])
-@pytest.mark.parametrize("name", filter(is_supervised, list_files("recipe")))
+@pytest.mark.parametrize("name", [name for name in list_files("recipe") if is_supervised(name)])
 def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
     if "qlora" in name:
         pytest.importorskip("bitsandbytes", reason="4 bits need the extra `quantization`")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import load_dataset
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
+
+from convllava_hf.data.build import build_dataset
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,6 +53,33 @@ def test_finetune_lora(tmp_path, monkeypatch, capsys):
     assert "the adapter: " in capsys.readouterr().out
     assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "tuned" / "training_curves.png").is_file()
+
+
+def test_preferences(tmp_path, monkeypatch):
+    """Questions with solutions; pairs of the right answer and what a model of random weights says."""
+    data = tmp_path / "data"
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "page.png")
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+    more = [{"from": "human", "value": "And the sky?"}, {"from": "gpt", "value": "Blue."}]
+    rows = [{"id": "1", "image": "page.png", "conversations": turns + more}, {"id": "2", "conversations": more}]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    build_dataset([(tmp_path / "my.json", tmp_path)], data)
+    checkpoint = save_tiny_checkpoint(tmp_path / "tiny")
+    script = str(EXAMPLES / "training" / "preferences.py")
+    for output, model in (("questions", []), ("pairs", ["--model", str(checkpoint)])):
+        arguments = [script, "--data", str(data), "--output", str(tmp_path / output), *model]
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(script, run_name="__main__")
+        made = load_dataset(str(tmp_path / output), split="train")
+        assert made["solution"][:] == ["Blue.", "Blue."]
+        assert [[message["role"] for message in prompt] for prompt in made["prompt"]] == [
+            ["user", "assistant", "user"],
+            ["user"],
+        ]
+        assert [len(images) for images in made["images"]] == [1, 0]
+    right = [{"role": "assistant", "content": [{"type": "text", "text": "Blue."}]}]
+    assert made["chosen"][:] == [right] * 2
+    assert all(len(answer) == 1 and answer != right for answer in made["rejected"])
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

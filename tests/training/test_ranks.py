@@ -1,11 +1,15 @@
 """The trainer on several processes: every rank runs the tower equally often, and learns what one process learns."""
 
+import json
+
 import pytest
 import torch
 from ranks import train, train_on_ranks
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import make_rows, save_tiny_llava
+
+from convllava_hf.training.sample_answers import PAGE, RECORD
 
 
 WITH_IMAGE, WITHOUT = 0, 4  # places in `make_rows` of rows with an image and without
@@ -112,3 +116,17 @@ def test_ranks_with_other_numbers_of_sizes(images, kind, world, models, save_mix
         rows = tmp_path / "rows"
         make_rows(12 * world).save_to_disk(rows)
     run(kind, world, models["convllava"], rows, tmp_path, **settings)
+
+
+@pytest.mark.slow  # processes that import torch and TRL
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("family", ["llava", "convllava"])
+def test_ranks_answer_the_same_questions_as_one_process(family, kind, models, save_mixed, tmp_path):
+    """`eval_generate`: every rank logs the same share, one of them writes the page."""
+    settings = {"evaluate": True, "eval_generate": 4, "per_device_eval_batch_size": 1}
+    ranks = run(kind, 2, models[family], save_mixed(2, 3), tmp_path, **settings)
+    shares = [[entry["eval_exact_match"] for entry in log if "eval_exact_match" in entry] for _, _, log in ranks]
+    assert len(shares[0]) == 3 and shares[0] == shares[1]
+    one, many = (json.loads((tmp_path / name / RECORD).read_text()) for name in ("one", "many"))
+    assert one == many and list(one["answers"]) == ["1", "2", "3"]
+    assert (tmp_path / "many" / PAGE).read_text() == (tmp_path / "one" / PAGE).read_text()

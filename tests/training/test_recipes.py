@@ -41,6 +41,11 @@ def data(tmp_path_factory) -> Path:
     return save_rows(tmp_path_factory.mktemp("data") / "rows", 12)
 
 
+def is_supervised(name: str) -> bool:
+    """Whether `trl sft` and `convllava train` take a recipe; the others are for other commands of TRL."""
+    return not name.endswith(("dpo", "grpo"))
+
+
 def get_family(recipe: str) -> str:
     return "convllava" if recipe.startswith(("convllava", "tiny_cpu", "custom")) else "llava"
 
@@ -78,7 +83,7 @@ def get_changed_parts(before: Path, after: Path, tmp_path: Path) -> dict[str, se
 
 
 def test_there_are_all_recipes():
-    assert len(list_files("recipe")) == 23
+    assert len(list_files("recipe")) == 25
     assert {path.suffix for path in FOLDERS["recipe"].iterdir()} == {".yaml"}
 
 
@@ -86,17 +91,21 @@ def test_there_are_all_recipes():
 def test_recipe_is_flat_and_says_how_to_run_it(name):
     text = find_file("recipe", name).read_text()
     head = text.split("\n\n")[0]
-    assert re.search(rf"convllava\)? train {name} ", head)
-    # TRL's command refuses settings of ours rather than train another way.
-    assert (f"$(convllava recipe {name})" in head) != bool(OURS & set(yaml.safe_load(text)))
+    if is_supervised(name):
+        assert re.search(rf"convllava\)? train {name} ", head)
+        # TRL's command refuses settings of ours rather than train another way.
+        assert (f"$(convllava recipe {name})" in head) != bool(OURS & set(yaml.safe_load(text)))
+    else:
+        assert f"trl {name.split('_')[-1]} --config $(convllava recipe {name}) " in head
     assert "GPU" in head or "one processor core" in head
+    assert "# Validation: --eval_strategy steps" in head
     headings = re.findall(r"^# (\w+)$", text, re.MULTILINE)
     assert headings == ["model", "data", "trainer"]
     assert yaml.safe_load(text)["output_dir"] == name
 
 
 @pytest.mark.parametrize("train", [train_with_trl, train_with_convllava])
-@pytest.mark.parametrize("name", list_files("recipe"))
+@pytest.mark.parametrize("name", [name for name in list_files("recipe") if is_supervised(name)])
 def test_recipe_trains_what_it_says(name, train, models, data, tmp_path):
     if "qlora" in name:
         pytest.importorskip("bitsandbytes", reason="4 bits need the extra `quantization`")
@@ -265,6 +274,24 @@ def test_adapters_of_a_finetuning_train_nothing_that_is_not_saved(models, data, 
     assert trained and all(re.search(r"multi_modal_projector.*modules_to_save|\.lora_[AB]\.", name) for name in trained)
     trainer.create_model_card()  # as `push_to_hub` does after saving
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
+
+
+def test_int8_weights_as_the_documentation_has_them(models, data, tmp_path):
+    """Adapters on weights of the language model in int8; the tower and the output layer keep theirs."""
+    pytest.importorskip("torchao", reason="int8 needs the extra `quantization`")
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(model_init_kwargs:.*?)```", text, re.DOTALL)
+    recipe = tmp_path / "int8.yaml"
+    recipe.write_text(find_file("recipe", "tiny_cpu_lora").read_text() + block)
+    settings = ["--model_name_or_path", str(models["convllava"]), "--dataset_name", str(data), *TINY]
+    trainer = run_recipe(str(recipe), [*settings, "--output_dir", str(tmp_path / "output")])
+    int8 = {name for name, parameter in trainer.model.named_parameters() if type(parameter).__name__ == "Int8Tensor"}
+    assert len(int8) == 2 * 7 and all("language_model" in name for name in int8)
+    changes = get_changes(models["convllava"], tmp_path / "output", tmp_path)
+    assert changes == {
+        name: "multi_modal_projector" in name or ("language_model" in name and name.endswith("_proj.weight"))
+        for name in changes
+    }
 
 
 def test_adapters_load_as_those_of_any_model(models, data, tmp_path):

@@ -706,6 +706,50 @@ def test_fixed_questions_are_answered_at_each_evaluation(make_trainer, tmp_path)
     assert list(resumed.sample.answers) == [0]
 
 
+@pytest.mark.parametrize("kind", ["lora", "llava", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_fixed_questions_are_answered_with_adapters_in_bfloat16_and_by_llava(
+    kind, checkpoint, data, tmp_path, monkeypatch
+):
+    """The model that answers is the one that is trained: it learns a question by heart."""
+    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: True)
+    rows = make_rows(1).select([0] * 12)
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "rows" / f"{split}-00000-of-00001.parquet")
+    model = save_tiny_llava(tmp_path / "llava") if kind == "llava" else checkpoint
+    settings = ["--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows"), "--eval_generate", "1"]
+    settings += ["--output_dir", str(tmp_path / "output"), "--eval_strategy", "steps", "--eval_on_start", "true"]
+    settings += ["--max_steps", "25", "--eval_steps", "25", "--learning_rate", "0.02", "--report_to", "none"]
+    settings += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--save_strategy", "no"]
+    settings += ["--per_device_eval_batch_size", "12"]
+    settings += {"bf16": ["--bf16", "true", "--dtype", "bfloat16"], "llava": ["--trainable", "."]}.get(kind, [])
+    trainer = run_recipe("tiny_cpu_lora" if kind == "lora" else str(write_plain_recipe(tmp_path)), settings)
+    exact = [entry["eval_exact_match"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert exact == [0.0, 1.0]
+
+
+def write_plain_recipe(folder: Path) -> Path:
+    file = folder / "plain.yaml"
+    file.write_text("assistant_only_loss: true\nmax_length: 512\nuse_cpu: true\nbf16: false\n")
+    return file
+
+
+def test_stops_early_and_keeps_the_best(make_trainer, tmp_path):
+    """A rate that spoils the model: the first evaluation stays the best, and its weights are what is left."""
+    rows = make_rows(8)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    settings |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "learning_rate": 3.0}
+    trainer = make_trainer(rows, eval_dataset=rows, **settings)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.global_step == 3 == len(losses) and min(losses) == losses[0]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "output" / "checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="early_stopping_patience=2 needs --load_best_model_at_end true"):
+        make_trainer(early_stopping_patience=2)
+
+
 def test_questions_to_answer_need_evaluation_data(make_trainer):
     with pytest.raises(ValueError, match="eval_generate=2 needs evaluation data.*--eval_strategy steps.*--holdout"):
         make_trainer(eval_generate=2)

@@ -32,6 +32,8 @@ class ConvLlavaTrainingArguments(SFTConfig):
             Default: the checkpoint's.
         eval_generate: answer so many fixed questions of the evaluation data at every evaluation. Their share of exact
             answers is logged as `eval_exact_match`, and `evaluation_answers.html` shows them over time.
+        early_stopping_patience: stop after so many evaluations without a better `metric_for_best_model`. Needs
+            `load_best_model_at_end`.
         overwrite_output_dir: start anew in an `output_dir` that was used, and delete the checkpoints in it.
         max_length: rows are cut to so many tokens on the right, but never inside or before an image.
     """
@@ -66,6 +68,9 @@ class ConvLlavaTrainingArguments(SFTConfig):
     eval_generate: int = field(
         default=0, metadata={"help": "Held-out questions to answer at every evaluation, for eval_exact_match."}
     )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output_dir that was used; deletes its checkpoints."}
     )
@@ -81,6 +86,11 @@ class ConvLlavaTrainingArguments(SFTConfig):
             self.trainable = [self.trainable]
         if self.tf32 and not torch.cuda.is_available():
             self.tf32 = None
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} needs --load_best_model_at_end true, with "
+                "evaluations and checkpoints at the same steps, and --metric_for_best_model (the default is the loss)."
+            )
         super().__post_init__()
 
 

@@ -5,7 +5,8 @@ once less waits for the others for ever. DDP stops at parameters without a gradi
 batch's images, so text-only batches and batches of images in their own shapes differ from rank to rank.
 
 ConvLLaVA runs idle passes by itself when it is told their number. For other models a blank image rides along, whose
-placeholders attention does not see and the loss does not count: it changes no gradient.
+placeholders attention does not see and the loss does not count: it changes no gradient. In a batch without padding it
+is a row of its own.
 
 Notation: `B` rows, `S` tokens per row.
 """
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from ..model.modeling_convllava import count_vision_passes
+from .collator import mark_rows
 
 
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -31,7 +33,7 @@ def add_passes(batch: dict, passes: int, processor: ProcessorMixin, config: PreT
     """Makes a model run its tower `passes` times for a batch.
 
     Args:
-        batch: `input_ids`, `attention_mask`, `labels` `(B, S)`.
+        batch: `input_ids`, `attention_mask`, `labels` `(B, S)`; or rows without padding, see `join_rows`.
         passes: of the rank that needs most; 1 where the model is no ConvLLaVA.
         processor: of the model.
         config: of the model.
@@ -42,14 +44,29 @@ def add_passes(batch: dict, passes: int, processor: ProcessorMixin, config: PreT
     """
     if config.model_type == "convllava":
         return {**batch, "vision_passes": passes}
-    if count_passes(batch, config) or "attention_mask" not in batch:
+    is_joined = "cu_seq_lens_q" in batch
+    if count_passes(batch, config) or not (is_joined or "attention_mask" in batch):
         return batch
     blank = PILImage.new("RGB", (32, 32))
     images = processor(images=[blank], text=[processor.image_token], return_tensors="pt")
     count = (images["input_ids"] == config.image_token_id).sum().item()
     device = batch["input_ids"].device
     images = {key: value.to(device) for key, value in images.items() if key not in TEXT_KEYS}
-    return {**_add_placeholders(batch, count, config.image_token_id), **images}
+    add = _add_row if is_joined else _add_placeholders
+    return {**add(batch, count, config.image_token_id), **images}
+
+
+def _add_row(batch: dict, count: int, image_token_id: int) -> dict:
+    """Adds a row of placeholders at the end of rows that are joined without padding."""
+    places = batch["input_ids"].shape
+    batch = {
+        key: pad(value, (0, count), value=image_token_id if key == "input_ids" else PADDING.get(key, 0))
+        if isinstance(value, torch.Tensor) and value.shape == places
+        else value
+        for key, value in batch.items()
+    }
+    batch["position_ids"][:, -count:] = torch.arange(count)
+    return mark_rows(batch)
 
 
 def _add_placeholders(batch: dict, count: int, image_token_id: int) -> dict:

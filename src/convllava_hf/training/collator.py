@@ -1,6 +1,7 @@
 """Batches of rows of images and text: long rows are cut without cutting images, and a row that is wrong is named.
 
-Notation: `B` rows of a batch, `S` tokens per row, `I` images of a batch, `H, W` pixels.
+Notation: `B` rows of a batch, `S` tokens per row, `T` tokens of all rows without padding, `I` images of a batch,
+`H, W` pixels.
 """
 
 import copy
@@ -29,6 +30,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         raw_pixels: leave `pixel_values` as bytes, 0 to 255.
         draft_side: shrink large JPEG photos while they are decoded, see `load_image`.
         vision_cache: give features of the tower instead of pixels; images must come undecoded.
+        padding_free: join all rows to one without padding, see `join_rows`.
 
     Raises:
         ValueError: a row whose images do not fit into `max_tokens`, or that cannot be prepared.
@@ -39,6 +41,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     raw_pixels: bool = False
     vision_cache: VisionCache | None = None
     draft_side: int | None = None
+    padding_free: bool = False
     is_cached: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -53,7 +56,10 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
             self.processor.image_processor.do_rescale = self.processor.image_processor.do_normalize = False
 
     def torch_call(self, examples: list[dict]) -> dict:
-        """Prepares a batch: `input_ids`, `attention_mask`, `labels` `(B, S)`, `pixel_values` `(I, 3, H, W)`, ..."""
+        """Prepares a batch: `input_ids`, `attention_mask`, `labels` `(B, S)`, `pixel_values` `(I, 3, H, W)`, ...
+
+        With `padding_free` what is `(B, S)` is `(1, T)`, and `position_ids` are in the place of the mask.
+        """
         examples = [self._prepare_images(example) for example in examples]
         try:
             batch = super().torch_call(examples)
@@ -68,7 +74,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         for example, labels in zip(examples, batch["labels"], strict=True):
             if not (labels != -100).any():
                 logger.warning(f"no token to train on in {describe_row(example)}; it only takes time.")
-        return batch
+        return join_rows(batch) if self.padding_free else batch
 
     def _prepare_images(self, example: dict) -> dict:
         """Decodes the images of a row, which come as bytes or path, or lets pictures of one pixel stand for them."""
@@ -98,6 +104,50 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         for key, value in batch.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == (len(examples), length):
                 batch[key] = value[:, : self.max_tokens]
+
+
+def join_rows(batch: dict) -> dict:
+    """Joins the rows of a padded batch to one without padding, in which every row attends to itself alone.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, other tensors `(B, S)`; what belongs to images stays as it is.
+
+    Returns:
+        The batch with tensors `(1, T)`, `position_ids` that start at 0 in each row, and what `mark_rows` adds. A row's
+        first token carries no label: the token before it belongs to another row.
+    """
+    kept = batch["attention_mask"].bool()  # (B, S)
+    joined = {
+        key: value[kept][None] if isinstance(value, torch.Tensor) and value.shape == kept.shape else value
+        for key, value in batch.items()
+        if key != "attention_mask"
+    }
+    joined["position_ids"] = (kept.cumsum(1) - 1)[kept][None]  # (1, T)
+    joined["labels"][joined["position_ids"] == 0] = -100
+    return mark_rows(joined)
+
+
+def mark_rows(batch: dict) -> dict:
+    """Adds where rows begin, in the form that flash attention takes.
+
+    Args:
+        batch: `position_ids` `(1, T)`.
+
+    Returns:
+        The batch with `cu_seq_lens_q` and `cu_seq_lens_k`, `(B + 1,)`, and the longest row as `max_length_q` and
+        `max_length_k`.
+    """
+    places = batch["position_ids"][0]
+    starts = (places == 0).nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([len(places)])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {
+        **batch,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def describe_row(example: dict) -> str:

@@ -69,13 +69,16 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: settings or data that cannot be used; an `output_dir` that was used.
+        ValueError: settings or data that cannot be used; an `output_dir` that was used; a recipe of another command.
         OSError: another run writes to `output_dir`.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
     # TRL and PEFT use a setting by a name that transformers has changed.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
     file = find_file("recipe", recipe)
+    command = re.search(r"^# +trl (\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if command and command[1] != "sft":
+        raise ValueError(f"{file.stem} is a recipe of `trl {command[1]}`; its first lines say how that is launched.")
     script, args, model, mixture = get_parser().parse_args_and_config(["--config", str(file), *arguments])
     if args.trust_remote_code:
         logger.warning("trust_remote_code is for `trl sft`: this command brings the model's code and runs no other.")

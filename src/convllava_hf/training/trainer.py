@@ -21,13 +21,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlavaImageProcessor, ProgressCallback
+from transformers import EarlyStoppingCallback, LlavaImageProcessor, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+from trl.trainer.utils import get_peak_flops
 
 from ..images import COLUMNS, set_image_size, undecode_images
 from ..model.modeling_convllava import PADDED_ID_SCORE, find_names, set_trainable
@@ -35,6 +37,7 @@ from .arguments import ConvLlavaTrainingArguments
 from .blank_images import add_passes, count_passes
 from .callbacks import CurvesCallback, LossBarCallback
 from .collator import ConvLlavaCollator
+from .flops import measure_flops
 from .plans import PARTS, keep_trained_precise
 from .runs import UNFINISHED, find_last_checkpoint, remove_if_cut_short, replace_model, write_manifest
 from .sample_answers import SampleAnswers, sample_questions
@@ -65,11 +68,15 @@ class ConvLlavaTrainer(SFTTrainer):
         self, *, args: ConvLlavaTrainingArguments, recipe: str | None = None, data: str | None = None, **kwargs
     ):
         self.recipe, self.data = recipe, data
-        self.is_saving, self.longest_row, self.throughput = False, None, Throughput()
+        self.is_saving, self.longest_row = False, None
         model_kwargs = args.model_init_kwargs or {}
         if args.ddp_find_unused_parameters is None and "trainable" in model_kwargs:
             args.ddp_find_unused_parameters = False  # text-only batches run an idle vision pass
+        rows = kwargs.get("train_dataset")
+        has_images = isinstance(rows, Dataset) and bool(set(COLUMNS) & set(rows.column_names))
+        joins_rows, args.padding_free = args.padding_free and has_images, args.padding_free and not has_images
         super().__init__(args=args, **kwargs)
+        args.padding_free |= joins_rows  # which TRL refuses for images
         if isinstance(self.model, PeftModel):
             self._report_what_peft_freezes([*(model_kwargs.get("trainable") or []), *(args.trainable or [])])
         elif args.trainable:
@@ -89,7 +96,9 @@ class ConvLlavaTrainer(SFTTrainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = undecode_images(self.eval_dataset)
             self.data_collator = self._build_collator(self._fill_cache() if args.vision_cache else None)
+            self.data_collator.padding_free = joins_rows and self._can_join_rows()
         self.sample = self._sample_questions() if args.eval_generate else None
+        self.throughput = self._measure_throughput()
         self._silence_padded_ids()
         if self.is_fsdp_enabled:
             self._name_sharded_layers()
@@ -98,6 +107,8 @@ class ConvLlavaTrainer(SFTTrainer):
         self.add_callback(CurvesCallback())
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _name_sharded_layers(self) -> None:
         """Names the layers to shard, as accelerate stops at one that a model lists and lacks (CLIP's text layers)."""
@@ -163,6 +174,26 @@ class ConvLlavaTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 self.sample.write()
         return output
+
+    def _can_join_rows(self) -> bool:
+        """Whether attention takes rows without padding as they are; but for flash attention, a mask over all tokens."""
+        if is_flash_attention_requested(self.model.config.get_text_config()):
+            return True
+        logger.warning(
+            "padding_free needs --attn_implementation flash_attention_2 (or another flash attention): padding batches."
+        )
+        return False
+
+    def _measure_throughput(self) -> Throughput:
+        """What counts the run's speed; with the share of the device's peak, where TRL knows that."""
+        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        device = self.args.device
+        peak = get_peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if peak is None or is_deepspeed_zero3_enabled() or not hasattr(model.model, "vision_tower"):
+            return Throughput()
+        size = self.processing_class.image_processor.size
+        return Throughput(measure_flops(model, size.get("height") or size["shortest_edge"]), peak)
 
     def _fill_cache(self) -> VisionCache:
         """Computes the tower's features of all training images, as this run would."""

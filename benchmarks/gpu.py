@@ -24,6 +24,7 @@ transformers has not) is skipped by name. docs/gpu.md says what to carry to a ma
 import argparse
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -56,6 +57,7 @@ TOY_CLIP |= {"image_size": 28}
 PICTURE = (2048, 1536)  # a photo, 4:3
 QUESTION = "What does the picture show, and what is written on it?"
 TERA = 1e12
+LONG_TESTS = "flex or compile or fsdp2 or bytes"  # those that a CPU compiles or imports for longer than it runs them
 
 Case = Callable[[], dict]
 
@@ -264,17 +266,20 @@ def make_picture(size: tuple[int, int], seed: int = 0):
 
 
 def list_correctness(options) -> dict[str, Case]:
-    """One case per file of tests/gpu."""
-    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    return {file.stem: partial(run_tests, file) for file in (files[:1] if options.toy else files)}
+    """One case per file of tests/gpu; at toy size one for all, without the long ones."""
+    folder = ROOT / "tests" / "gpu"
+    files = [folder] if options.toy else sorted(folder.glob("test_*.py"))
+    return {file.stem: partial(run_tests, file, options) for file in files}
 
 
-def run_tests(file: Path) -> dict:
-    """Runs the tests of a file that carry the mark, and counts them; names what failed and why others were skipped."""
+def run_tests(path: Path, options) -> dict:
+    """Runs the tests that carry the mark, and counts them; names what failed and why others were skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(file), "-m", "gpu", "-q", "--junitxml", str(report)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-q", "--junitxml", str(report)]
+        command += ["-k", f"not ({LONG_TESTS})"] if options.toy else []
+        environment = {**os.environ, "CONVLLAVA_HF_GPU_TESTS_DEVICE": options.device}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if not report.is_file():
             raise RuntimeError(f"pytest did not run: {(result.stdout + result.stderr)[-1500:]}")
         tests = list(ElementTree.parse(report).iter("testcase"))

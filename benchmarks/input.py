@@ -7,7 +7,7 @@ Photos of two sizes are written as JPEG files; each way reads all of them throug
 the trainer does, and is timed from the first batch to the last (starting workers and importing is not input).
 
 - ours: `decode_image` and our image processor, pixels handed over as bytes, as `normalize_on_device` does.
-- ours, draft: the same with `draft_side`, the JPEG decoder's own shrinking.
+- ours, draft: the same with `draft_photos`, the JPEG decoder's own shrinking.
 - original: open, convert to RGB, pad to a square, CLIP's image processor on Pillow; floats. Source: alibaba/conv-llava,
   `llava/train/train.py` (`LazySupervisedDataset`).
 
@@ -48,13 +48,13 @@ class Ours:
         self.processor = ConvLlavaImageProcessor(
             size={"height": side, "width": side}, do_rescale=False, do_normalize=False
         )
-        self.draft_side = side if draft else None
+        self.draft = self.processor.get_processed_size if draft else None
 
     def __call__(self, paths: list[Path]):
         from convllava_hf.images import decode_image
 
         files = [{"bytes": path.read_bytes(), "path": None} for path in paths]
-        images = [decode_image(file, draft_side=self.draft_side) for file in files]
+        images = [decode_image(file, draft=self.draft) for file in files]
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
 

@@ -173,7 +173,7 @@ def test_every_part_of_gpu_runs_on_a_cpu(run_gpu, tmp_path, part, cases):
     assert f"## {part}" in (tmp_path / "results.md").read_text()
     if part == "correctness":
         (values,) = found.values()
-        assert values["failed"] == "none" and values["tests"] > 0
+        assert values["failed"] == "none" and values["passed"] >= 18 and "CUDA" in values["skipped"], values
 
 
 def test_gpu_goes_on_where_it_stopped(run_gpu, load, tmp_path, monkeypatch):

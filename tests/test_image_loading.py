@@ -11,6 +11,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from convllava_hf import images
 from convllava_hf.images import ImageError, decode_image, load_image
@@ -144,9 +145,11 @@ def test_every_door_sees_the_same_pixels(kind, tmp_path):
         assert not np.array_equal(pixels, plain)
 
 
-def test_the_limit_of_a_side_is_written_once():
+@pytest.mark.parametrize("original_rgb", [False, True])
+@pytest.mark.parametrize("backend", [ConvLlavaImageProcessor, ConvLlavaImageProcessorPil])
+def test_the_limit_of_a_side_is_written_once(backend, original_rgb):
     strip = Image.new("L", (40000, 300), 255)
-    processor = ConvLlavaImageProcessor(image_aspect_ratio="native", max_image_tokens=100000)
+    processor = backend(image_aspect_ratio="native", max_image_tokens=100000, original_rgb=original_rgb)
     sizes = processor(strip, return_tensors="pt")["image_sizes"]
     assert sizes.tolist() == [list(processor.get_processed_size(300, 40000))]
     assert sizes.tolist() == processor(load_image(strip), return_tensors="pt")["image_sizes"].tolist()
@@ -332,14 +335,45 @@ def test_what_a_server_cannot_give_is_refused_by_name(server, monkeypatch):
         load_image(server + "/photo.png")
 
 
-def test_photos_can_be_shrunk_while_they_are_decoded(tmp_path):
-    """By whole blocks, as long as the wanted side stays; files that are no JPEG are read as always."""
+@pytest.fixture
+def gradient(tmp_path):
+    """A photo of 1000x600 pixels as JPEG and as PNG."""
     picture = Image.linear_gradient("L").convert("RGB").resize((1000, 600))
     picture.save(tmp_path / "a.jpg", quality=95)
     picture.save(tmp_path / "a.png")
+    return tmp_path / "a.jpg", tmp_path / "a.png"
+
+
+def test_photos_can_be_shrunk_while_they_are_decoded(gradient):
+    """By whole blocks, as long as the wanted side stays; files that are no JPEG are read as always."""
+    jpeg, png = gradient
     for side, size in ((600, (1000, 600)), (500, (500, 300)), (200, (250, 150)), (10, (125, 75))):
-        assert load_image(tmp_path / "a.jpg", draft_side=side).size == size
-        assert load_image(tmp_path / "a.png", draft_side=side).size == (1000, 600)
-    shrunk = load_image(tmp_path / "a.jpg", draft_side=200).resize((100, 60))
-    difference = np.abs(np.asarray(shrunk, int) - np.asarray(load_image(tmp_path / "a.jpg").resize((100, 60)), int))
+        draft = lambda height, width, side=side: (side * height // width, side)  # noqa: E731
+        assert load_image(jpeg, draft=draft).size == size
+        assert load_image(png, draft=draft).size == (1000, 600)
+    shrunk = load_image(jpeg, draft=lambda height, width: (120, 200)).resize((100, 60))
+    difference = np.abs(np.asarray(shrunk, int) - np.asarray(load_image(jpeg).resize((100, 60)), int))
     assert difference.max() <= 4
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "squash", "native"])
+@pytest.mark.parametrize("backend", [ConvLlavaImageProcessor, ConvLlavaImageProcessorPil])
+def test_image_processors_can_draft_photos(backend, aspect_ratio, gradient):
+    """A setting that is kept in the checkpoint; it changes pixels by a few levels, of JPEGs alone, and no size."""
+    jpeg, png = gradient
+    whole = backend(size={"height": 256, "width": 256}, image_aspect_ratio=aspect_ratio, do_normalize=False)
+    draft = backend.from_dict({**whole.to_dict(), "draft_photos": True})
+    assert draft.to_dict()["draft_photos"] and not whole.draft_photos
+    expected, found = (process(str(jpeg), return_tensors="pt") for process in (whole, draft))
+    assert found["image_sizes"].tolist() == expected["image_sizes"].tolist()
+    difference = (found["pixel_values"] - expected["pixel_values"]).abs() * 255
+    assert 0 < difference.max() < 8 and difference.mean() < 1
+    assert np.array_equal(*(process(str(png), return_tensors="np")["pixel_values"] for process in (whole, draft)))
+    drafted = load_image(jpeg, draft=images.get_draft(draft))
+    assert drafted.size == (500, 300) and load_image(jpeg, draft=images.get_draft(whole)).size == (1000, 600)
+    assert np.array_equal(draft(drafted, return_tensors="np")["pixel_values"], found["pixel_values"])
+
+
+def test_only_image_processors_that_tell_their_sizes_can_draft_photos():
+    with pytest.raises(ValueError, match="draft_photos=True is not supported by CLIPImageProcessor"):
+        images.get_draft(CLIPImageProcessor(), draft_photos=True)

@@ -12,8 +12,10 @@ import base64
 import binascii
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
@@ -25,7 +27,7 @@ from PIL import ExifTags, Image
 from transformers.image_utils import httpx
 
 from . import __version__
-from .model.image_processing_convllava import convert_to_rgb
+from .model.image_processing_convllava import convert_to_rgb, draft_photo
 
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 ImageSource = str | Path | bytes | Image.Image
+# Height and width in pixels of an image -> those that it will be processed to.
+GetSize = Callable[[int, int], tuple[int, int]]
 
 
 class ImageError(ValueError):
@@ -41,7 +45,7 @@ class ImageError(ValueError):
 
 
 def load_image(
-    source: ImageSource, timeout: float = 20.0, original_rgb: bool = False, draft_side: int | None = None
+    source: ImageSource, timeout: float = 20.0, original_rgb: bool = False, draft: GetSize | None = None
 ) -> Image.Image:
     """Reads an image from anywhere and makes plain RGB of it, the same pixels as in every other place.
 
@@ -53,9 +57,9 @@ def load_image(
         source: path, `http(s)://` URL, `data:` URI, the bytes of an image file, or a Pillow image (left unchanged).
         timeout: seconds for a whole download.
         original_rgb: make it RGB as the original does, see [`ConvLlavaImageProcessorKwargs`].
-        draft_side: let the JPEG decoder shrink a photo by 2, 4 or 8 as long as its longer side keeps this many pixels.
-            Faster for photos of more than twice the size, and not the same pixels: they are averaged over whole blocks
-            before they are resized.
+        draft: let the JPEG decoder shrink a photo by 2, 4 or 8, as long as its longer side keeps that of the size that
+            this says, such as an image processor's `get_processed_size`. Faster for photos of at least twice the size,
+            and not the same pixels: they are averaged over whole blocks before they are resized.
 
     Returns:
         A Pillow image of mode RGB, upright; `source` itself if it is one already.
@@ -88,9 +92,8 @@ def load_image(
     except Exception as error:  # readers of broken headers raise whatever comes of it
         raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
     with image:
-        if draft_side is not None:
-            scale = max(1.0, max(image.size) / draft_side)
-            image.draft(image.mode, tuple(math.ceil(side / scale) for side in image.size))
+        if draft is not None:
+            draft_photo(image, draft(image.height, image.width))
         return _decode(image, name, original_rgb)
 
 
@@ -259,12 +262,12 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def decode_image(image: dict | Image.Image, original_rgb: bool = False, draft_side: int | None = None) -> Image.Image:
+def decode_image(image: dict | Image.Image, original_rgb: bool = False, draft: GetSize | None = None) -> Image.Image:
     """The image in RGB, as `load_image` gives it.
 
     Args:
         image: decoded by `datasets`, or its `{"bytes", "path"}`.
-        original_rgb, draft_side: see `load_image`.
+        original_rgb, draft: see `load_image`.
 
     Raises:
         ValueError: it cannot be read.
@@ -272,9 +275,9 @@ def decode_image(image: dict | Image.Image, original_rgb: bool = False, draft_si
     if not isinstance(image, dict):
         return load_image(image, original_rgb=original_rgb)
     if image["bytes"]:
-        return load_image(image["bytes"], original_rgb=original_rgb, draft_side=draft_side)
+        return load_image(image["bytes"], original_rgb=original_rgb, draft=draft)
     if image["path"] and os.path.isfile(image["path"]):
-        return load_image(image["path"], original_rgb=original_rgb, draft_side=draft_side)
+        return load_image(image["path"], original_rgb=original_rgb, draft=draft)
     from datasets import Image as ImageFeature
 
     try:  # files inside archives and on hosts, which datasets opens
@@ -321,6 +324,28 @@ def limit_image_tokens(image_processor, max_image_tokens: int) -> dict:
     longer = min(math.floor(max(rows, columns) * scale + 1e-9), max_image_tokens // shorter)
     rows, columns = (shorter, longer) if rows <= columns else (longer, shorter)
     return {"size": {"height": rows * factor, "width": columns * factor}}
+
+
+def get_draft(image_processor, draft_photos: bool | None = None, **settings) -> GetSize | None:
+    """What `load_image` takes as `draft` for an image processor.
+
+    Args:
+        image_processor: of a checkpoint.
+        draft_photos: whether photos are drafted. Default: what the image processor says.
+        settings: of the image processor, in the place of its own.
+
+    Returns:
+        `None` where images are decoded whole.
+
+    Raises:
+        ValueError: an image processor whose images have a fixed size is to draft photos.
+    """
+    if draft_photos is None:
+        draft_photos = getattr(image_processor, "draft_photos", False)
+    if not draft_photos:
+        return None
+    _check_that_sizes_vary(image_processor, "draft_photos=True")
+    return partial(image_processor.get_processed_size, **settings)
 
 
 def set_image_size(image_processor, side: int) -> None:

@@ -65,3 +65,16 @@ def put(device):
         return {key: value.to(device, **(kwargs if value.is_floating_point() else {})) for key, value in values.items()}
 
     return move
+
+
+@pytest.fixture
+def get_logits():
+    """Scores of a model in float32, without those of ids that only round the vocabulary up: they are -1000, and would
+    make every difference look small."""
+    import torch
+
+    def get(model, batch: dict):
+        with torch.no_grad():
+            return model(**batch).logits.float()[..., : -model.config.vocab_padding]
+
+    return get

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -45,11 +47,12 @@ os._exit(0)  # the threads of FSDP's streams on a CPU may still run, and abort a
 """
 
 
-def train(model, optimizer, batch: dict, steps: int) -> list[float]:
-    """Losses of steps on one batch."""
+def train(model, optimizer, batch: dict, steps: int, autocast=nullcontext) -> list[float]:
+    """Losses of steps on one batch, each in an `autocast()` of its own: it keeps its copies of weights to its end."""
     losses = []
     for _ in range(steps):
-        loss = model(**batch).loss
+        with autocast():
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,8 +117,8 @@ def test_lora_on_4_bit_weights_trains_the_adapter_alone(device, checkpoint, batc
     assert any(parameter.dtype == torch.uint8 for parameter in before.values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The tower was cast to float32 for training; the 4-bit layers compute in bfloat16.
-    with torch.autocast(device.type, torch.bfloat16):
-        losses = train(model.train(), torch.optim.AdamW(trained, lr=1e-2), put(batch), 5)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    losses = train(model.train(), torch.optim.AdamW(trained, lr=1e-2), put(batch), 5, autocast)
     assert losses[-1] < losses[0]
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter.detach(), before[name])

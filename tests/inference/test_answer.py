@@ -290,6 +290,21 @@ def test_answers_and_pipelines_see_the_same_pixels(loaded, tmp_path):
     )
 
 
+def test_photos_are_drafted_when_it_is_asked_for(loaded, photo, tmp_path, monkeypatch):
+    """By the argument, or by the image processor's setting; for the size that a budget leaves."""
+    model, processor = loaded
+    photo.resize((1024, 768)).save(path := tmp_path / "photo.jpg")
+
+    def load(**settings):
+        stream = answer(model, processor, "Hi", path, stream=True, max_new_tokens=1, **settings)
+        return stream.messages[0]["content"][0]["image"].size
+
+    assert load() == (1024, 768) and load(draft_photos=True) == (128, 96)
+    assert load(draft_photos=True, max_image_tokens=1) == (128, 96)
+    monkeypatch.setattr(processor.image_processor, "draft_photos", True)
+    assert load() == (128, 96) and load(draft_photos=False) == (1024, 768)
+
+
 def test_images_of_the_history_are_loaded_once(loaded, photo):
     model, processor = loaded
     stream = answer(model, processor, "Hi", photo, stream=True, max_new_tokens=2)

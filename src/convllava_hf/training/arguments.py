@@ -26,8 +26,8 @@ class ConvLlavaTrainingArguments(SFTConfig):
             epoch and run; see `vision_cache.py`. What it will take is said first.
         image_size: side of the square that images are padded or squashed to, or the budget of `native`, in pixels.
             Default: the checkpoint's.
-        draft_photos: let the JPEG decoder shrink photos of more than twice the processed size: faster, and not quite
-            the same pixels. For `image_aspect_ratio` "pad" and "squash" of this package's models.
+        draft_photos: let the JPEG decoder shrink photos of at least twice the processed size: faster, and not quite
+            the same pixels. For this package's models. Default: what the checkpoint's image processor says.
         image_aspect_ratio: `"pad"`, `"native"` or `"squash"` for a ConvNeXt tower, `"pad"` or `"crop"` for a ViT.
             Default: the checkpoint's.
         eval_generate: answer so many fixed questions of the evaluation data at every evaluation. Their share of exact

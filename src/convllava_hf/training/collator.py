@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..images import COLUMNS, decode_image, list_images
+from ..images import COLUMNS, GetSize, decode_image, list_images
 from .masks import mark_answers
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
@@ -28,7 +28,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         max_tokens: longest row; `None` cuts nothing. (TRL's `max_length` also cuts through images.)
         image_token_id: id of the placeholder.
         raw_pixels: leave `pixel_values` as bytes, 0 to 255.
-        draft_side: shrink large JPEG photos while they are decoded, see `load_image`.
+        draft: shrink large JPEG photos while they are decoded, see `load_image`.
         vision_cache: give features of the tower instead of pixels; images must come undecoded.
         padding_free: join all rows to one without padding, see `join_rows`.
 
@@ -40,7 +40,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     image_token_id: int | None = None
     raw_pixels: bool = False
     vision_cache: VisionCache | None = None
-    draft_side: int | None = None
+    draft: GetSize | None = None
     padding_free: bool = False
     is_cached: bool = field(default=False, init=False)
 
@@ -81,7 +81,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         if not set(COLUMNS) & example.keys():
             return example
         original_rgb = getattr(self.processor.image_processor, "original_rgb", False)
-        decode = partial(decode_image, original_rgb=original_rgb, draft_side=self.draft_side)
+        decode = partial(decode_image, original_rgb=original_rgb, draft=self.draft)
         decode = make_stand_in if self.is_cached else decode
         try:
             images = [decode(image) for image in list_images(example)]

@@ -31,7 +31,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import get_peak_flops
 
-from ..images import COLUMNS, set_image_size, undecode_images
+from ..images import COLUMNS, get_draft, set_image_size, undecode_images
 from ..model.modeling_convllava import PADDED_ID_SCORE, find_names, set_trainable
 from .arguments import ConvLlavaTrainingArguments
 from .blank_images import add_passes, count_passes
@@ -228,17 +228,8 @@ class ConvLlavaTrainer(SFTTrainer):
             image_token_id=self.model.config.image_token_id,
             raw_pixels=self.args.normalize_on_device and self._normalization() is not None,
             vision_cache=cache,
-            draft_side=self._get_draft_side() if self.args.draft_photos else None,
+            draft=get_draft(self.processing_class.image_processor, self.args.draft_photos or None),
         )
-
-    def _get_draft_side(self) -> int:
-        """Pixels that the longer side of a photo keeps at least while it is decoded."""
-        settings = self.processing_class.image_processor
-        if getattr(settings, "image_aspect_ratio", None) not in ("pad", "squash"):
-            raise ValueError(
-                "draft_photos is for images of one size: image_aspect_ratio 'pad' or 'squash' of our models."
-            )
-        return max(settings.size["height"], settings.size["width"])
 
     def _normalization(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the pixels in bytes, `(1, 3, 1, 1)` each; `None` if they stay as they are."""

@@ -7,7 +7,8 @@ are compared with those of eager torch in float32.
 
     python benchmarks/export.py CHECKPOINT
     python benchmarks/export.py --random 768              # no checkpoint: ConvNeXt-B, 768 pixels, a small Qwen3
-    python benchmarks/export.py CHECKPOINT --ways eager onnx onnx-int8 --new-tokens 64 --json results.json
+    python benchmarks/export.py CHECKPOINT --ways eager onnx onnx-int4 --new-tokens 64 --json results.json
+    python benchmarks/export.py --random 768 --keep work  # exports stay in work, and are found there the next time
 """
 
 import argparse
@@ -26,11 +27,13 @@ from machine import describe_machine, print_machine, print_table, show_progress,
 
 
 WAYS = ("eager", "compile", "onnx", "onnx-int8", "openvino", "openvino-int8")
+# bfloat16 takes hundreds of times longer on a CPU that lacks it.
+MORE_WAYS = ("bfloat16", "onnx-int4", "openvino-int4")
 MEBIBYTE = 2**20
 
 
 def make_random_checkpoint(folder: Path, side: int) -> Path:
-    """A checkpoint with random weights: a five-stage ConvNeXt of the widths of ConvNeXt-B, and a Qwen3 of 8 layers."""
+    """A checkpoint with random weights: five stages of the widths of ConvNeXt-B, and a Qwen3 of 14 layers (286M)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -59,7 +62,7 @@ def make_random_checkpoint(folder: Path, side: int) -> Path:
         "vocab_size": 32064,
         "hidden_size": 1024,
         "intermediate_size": 3072,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 14,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
@@ -92,7 +95,9 @@ def measure(folder: str, way: str, new_tokens: int, repeats: int, threads: int) 
     torch.manual_seed(0)
     register()
     runtime = way.split("-")[0] if way.split("-")[0] in ("onnx", "openvino") else None
-    settings = {"runtime": runtime} if runtime else {"device": "cpu", "dtype": "float32"}
+    settings = {"device": "cpu", "dtype": "bfloat16" if way == "bfloat16" else "float32"}
+    if runtime:
+        settings = {"runtime": runtime}
     model, processor = load(folder, **settings)
     if way == "compile":
         model.forward = torch.compile(model.forward, dynamic=True)
@@ -130,12 +135,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--random", type=int, metavar="PIXELS")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS + MORE_WAYS, default=WAYS)
+    parser.add_argument("--keep", type=Path, metavar="DIR")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=WAYS + MORE_WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         found = measure(options.checkpoint, options.measure, options.new_tokens, options.repeats, options.threads)
@@ -149,13 +155,17 @@ def main():
     register()
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = options.checkpoint or make_random_checkpoint(Path(scratch) / "random", options.random)
+        scratch = options.keep or Path(scratch)
+        checkpoint = options.checkpoint or scratch / "random"
+        if options.random and not checkpoint.exists():
+            make_random_checkpoint(checkpoint, options.random)
         for way in options.ways:
             show_progress(way)
             folder, (target, _, quantize) = checkpoint, way.partition("-")
             if target in ("onnx", "openvino"):
-                folder = Path(scratch) / way
-                export_checkpoint(checkpoint, target, folder, quantize or None)
+                folder = scratch / way
+                if not folder.exists():
+                    export_checkpoint(checkpoint, target, folder, quantize or None)
             results[way] = run_apart(
                 [
                     str(folder),

@@ -1,21 +1,32 @@
 """Exports say what their checkpoint says, answer through every way in, and are refused or undone whole."""
 
+import asyncio
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
-from transformers import pipeline
+from transformers import Lfm2Config, PaliGemmaConfig, pipeline
+from transformers.image_utils import httpx
 from typer.testing import CliRunner
 
+from convllava_hf import ConvLlavaConfig
 from convllava_hf.checkpoints.weight_maps import ConversionError
 from convllava_hf.cli.app import app
 from convllava_hf.export import run as running
 from convllava_hf.export.agreement import Agreement, generate_greedily, make_probes
+from convllava_hf.export.graphs import TracedPart
 from convllava_hf.export.run import export_checkpoint
+from convllava_hf.export.write import write_graphs
 from convllava_hf.inference.answer import answer
 from convllava_hf.inference.load import load
 from convllava_hf.inference.runtime import GRAPHS, load_export
@@ -120,6 +131,55 @@ class TestRuntimes:
         assert result.exit_code == 0
         assert result.stdout.strip() == answer(*before, "What is it?", photo, max_new_tokens=6)
 
+    def test_chat_answers_from_it(self, exported, before, photo, target, tmp_path):
+        photo.save(tmp_path / "photo.png")
+        command = ["chat", str(tmp_path / "photo.png"), "-m", str(exported(target).output), "--runtime", target]
+        result = CliRunner().invoke(app, [*command, "--max-new-tokens", "6"], input="What is it?\n")
+        assert result.exit_code == 0
+        assert result.stdout.strip() == answer(*before, "What is it?", photo, max_new_tokens=6)
+
+    def test_batch_answers_from_it(self, exported, before, photo, target, tmp_path):
+        """Through the engine that `serve` has: images are encoded apart, and rows of different lengths run together."""
+        pictures = {"a.png": photo, "b.png": photo.rotate(90, expand=True), "c.png": photo.resize((32, 32))}
+        (tmp_path / "photos").mkdir()
+        for name, picture in pictures.items():
+            picture.save(tmp_path / "photos" / name)
+        command = ["batch", str(tmp_path / "photos"), "-q", "What is it?", "--max-new-tokens", "6"]
+        command += ["-m", str(exported(target).output), "--runtime", target, "-o", str(tmp_path / "answers.jsonl")]
+        assert CliRunner().invoke(app, command).exit_code == 0
+        rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert {row["id"]: row["answer"] for row in rows} == {
+            name: answer(*before, "What is it?", picture, max_new_tokens=6) for name, picture in pictures.items()
+        }
+
+    def test_eval_asks_it(self, exported, before, photo, target, tmp_path):
+        photo.save(tmp_path / "photo.png")
+        question = {"question_id": 1, "image": "photo.png", "text": "What is it?", "answer": "a photo"}
+        (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+        command = ["eval", str(exported(target).output), "--runtime", target, "--task", "exact-match"]
+        command += ["--questions", str(tmp_path / "questions.jsonl"), "--images", str(tmp_path)]
+        result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "results"), "--max-new-tokens", "6"])
+        assert result.exit_code == 0, result.output
+        (row,) = (json.loads(line) for line in (tmp_path / "results" / "predictions.jsonl").read_text().splitlines())
+        assert row["text"] == answer(*before, "What is it?", photo, max_new_tokens=6)
+
+    def test_serve_answers_from_it(self, exported, before, target, monkeypatch):
+        """The command's own application; only the listening is left out."""
+        from convllava_hf.serving import server
+
+        replies = []
+
+        async def ask(served):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://127.0.0.1") as client:
+                body = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 6}
+                replies.append((await client.post("/v1/chat/completions", json=body, timeout=120)).json())
+
+        monkeypatch.setattr(server, "run_server", lambda served, host, port: asyncio.run(ask(served)))
+        result = CliRunner().invoke(app, ["serve", str(exported(target).output), "--runtime", target])
+        assert result.exit_code == 0, result.output
+        given = replies[0]["choices"][0]["message"]["content"]
+        assert given == answer(*before, "What is it?", max_new_tokens=6)
+
 
 @needs_exporters
 @pytest.mark.slow
@@ -133,10 +193,12 @@ def test_quantised_exports_are_smaller_and_close(exported, target, quantize):
 
 @needs_exporters
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
 @pytest.mark.parametrize("family", ["llava_v1_5", "llava_v0_delta", "tinyllava"])
-def test_the_llava_family_goes_too(convert_family, family, tmp_path):
-    pytest.importorskip("onnxscript")
-    report = export_checkpoint(convert_family(family), "onnx", tmp_path / "out")
+def test_the_llava_family_goes_too(convert_family, family, target, tmp_path):
+    pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}[target])
+    report = export_checkpoint(convert_family(family), target, tmp_path / "out")
+    assert set(report.sizes) == set(GRAPHS)
     assert report.agreement.equal_tokens == report.agreement.tokens
 
 
@@ -190,6 +252,64 @@ def test_comparing_notices_another_model(before):
 def test_unknown_ways_are_refused_before_anything_is_loaded(target, quantize, message, tmp_path):
     with pytest.raises(ConversionError, match=message):
         export_checkpoint(tmp_path / "no checkpoint", target, tmp_path / "out", quantize)
+
+
+@needs_exporters
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PaliGemmaConfig(), "model_type='paligemma' cannot be exported; expected convllava or llava"),
+        (
+            ConvLlavaConfig(
+                text_config=Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), image_token_id=3
+            ),
+            "'lfm2' cannot be exported: its cache has",
+        ),
+    ],
+)
+def test_families_that_cannot_go_are_refused_before_weights_are_read(config, message, tmp_path):
+    """There are no weights in the folder."""
+    pytest.importorskip("onnxscript")
+    register()
+    config.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ConversionError, match=message):
+        export_checkpoint(tmp_path / "checkpoint", "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Unknown(torch.nn.Module):
+    """Computes with an operator that no runtime has."""
+
+    def forward(self, x):
+        return torch.special.airy_ai(x)
+
+
+@needs_exporters
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_an_operator_that_the_runtime_lacks_is_named(runtime, tmp_path):
+    pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}[runtime])
+    part = TracedPart(Unknown(), {"x": torch.rand(2, 3)}, {"x": None})
+    with pytest.raises(ConversionError, match=rf"vision_encoder cannot be exported to {runtime}.*airy_ai"):
+        write_graphs({"vision_encoder": part}, tmp_path / "out", runtime, None)
+
+
+@needs_exporters
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_export_leaves_nothing_under_the_name(converted, how, tmp_path):
+    pytest.importorskip("onnxscript")
+    command = [Path(sys.executable).with_name("convllava"), "export", converted, "--to", "onnx", "--output", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 600
+    while not list(tmp_path.glob(".out.incomplete-*/onnx/*.onnx")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, how)
+    _, said = process.communicate(timeout=120)
+    assert not (tmp_path / "out").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in said
+        assert not list(tmp_path.iterdir())
 
 
 @needs_exporters

@@ -1,7 +1,8 @@
-"""The page's code answers in node as the checkpoint does in Python, on pixels that it prepared itself.
+"""The page answers in node and in Chromium as the checkpoint does in Python, on pixels that it prepared itself.
 
-Needs node, and in examples/browser what `npm install --ignore-scripts` puts there. The quickstart's checkpoint is used
-where `QUICKSTART` names its folder, with held-out questions of its own; else the tiny reference checkpoint.
+Needs in examples/browser what `npm install --ignore-scripts` puts there, and node; or Chromium and playwright. The
+quickstart's checkpoint is used where `QUICKSTART` names its folder, with held-out questions of its own; else the tiny
+reference checkpoint. Where `CONVLLAVA_SCREENSHOTS` names a folder, a picture of the page is left there.
 """
 
 import base64
@@ -11,7 +12,12 @@ import random
 import runpy
 import shutil
 import subprocess
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -38,22 +44,49 @@ pytestmark = [
         Version(transformers.__version__) < Version("5.23"), reason="exporting needs the exporters of transformers 5.23"
     ),
     pytest.mark.skipif(
-        shutil.which("node") is None or not (BROWSER / "node_modules" / "@huggingface").exists(),
-        reason="needs node, and `npm install --ignore-scripts` in examples/browser",
+        not (BROWSER / "node_modules" / "@huggingface").exists(),
+        reason="needs `npm install --ignore-scripts` in examples/browser",
     ),
 ]
+
+
+# In the page: opens a picture as a visitor's is opened, and answers. `answer` and `show` are the page's own.
+ASK = """
+async ({ question, png }) => {
+  const { preparePicture } = await import(new URL('picture.js', location.href).href);
+  const bytes = png && Uint8Array.from(atob(png), (letter) => letter.charCodeAt(0));
+  const picture = png ? await show(new Blob([bytes], { type: 'image/png' })) : null;
+  const found = await answer(loaded, question, picture);
+  if (picture) {
+    const [values] = preparePicture(picture.pixels, picture.width, picture.height, loaded.pictures);
+    found.values = btoa(Array.from(new Uint8Array(values.buffer), (byte) => String.fromCharCode(byte)).join(''));
+  }
+  return found;
+}
+"""
+
+
+@dataclass
+class Asked:
+    """A question with what the checkpoint makes of it in Python: prepared pixels, the tokens of the answer."""
+
+    question: str
+    image: Image.Image | None
+    values: np.ndarray | None
+    tokens: list[int]
+    text: str
 
 
 def draw_questions(count: int) -> list[tuple[Image.Image, str]]:
     """Held-out pages of the quickstart and questions about them."""
     quickstart = runpy.run_path(str(BROWSER.parent / "quickstart" / "pages.py"))
     rng, found = random.Random(7), []
-    for page in quickstart["make_pages"]("test", count, seed=7):
+    for page in quickstart["make_pages"]("test", 3 * count, seed=7):  # some pages leave nothing to ask
         for task in rng.sample(quickstart["IMAGE_TASKS"], len(quickstart["IMAGE_TASKS"])):
             if pair := quickstart["ask"](page, task, rng):
                 found.append((page.image, pair[0]))
                 break
-    return found
+    return found[:count]
 
 
 @pytest.fixture(scope="module")
@@ -68,33 +101,22 @@ def page(checkpoint, tmp_path_factory):
     register()
     folder = tmp_path_factory.mktemp("page")
     export_checkpoint(checkpoint, "web", folder / "model")
+    for name in ("index.html", "answer.js", "picture.js", "node_modules"):
+        (folder / name).symlink_to(BROWSER / name)
     return folder
 
 
-def ask_in_node(page: Path, questions: list[tuple[Image.Image | None, str]]) -> list[dict]:
-    lines = []
-    for image, question in questions:
-        line = {"question": question}
-        if image:
-            rgb = base64.b64encode(image.convert("RGB").tobytes()).decode()
-            line |= {"rgb": rgb, "width": image.width, "height": image.height, "values": True}
-        lines.append(json.dumps(line))
-    result = subprocess.run(
-        ["node", BROWSER / "ask.js", page], input="\n".join(lines), capture_output=True, text=True, timeout=900
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def test_answers_in_node_are_those_of_python(page, checkpoint):
+@pytest.fixture(scope="module")
+def asked(checkpoint):
+    """Held-out questions about pictures, two pictures of other shapes, and a question without one."""
+    register()
     model, processor = load(checkpoint, device="cpu", dtype="float32")
-    questions = draw_questions(120)
-    assert len(questions) >= 100
+    questions = draw_questions(110)
+    assert len(questions) == 110
     wide = Image.effect_mandelbrot((300, 170), (-2, -1, 1, 1), 60).convert("RGB")
     questions += [(wide, "What is it?"), (wide.rotate(90, expand=True), "What is it?"), (None, "What is it?")]
-    std = min(processor.image_processor.image_std)
-    different = []
-    for (image, question), found in zip(questions, ask_in_node(page, questions), strict=True):
+    found = []
+    for image, question in questions:
         inputs = processor.apply_chat_template(
             [make_message("user", question, [image] if image else [])],
             add_generation_prompt=True,
@@ -102,14 +124,120 @@ def test_answers_in_node_are_those_of_python(page, checkpoint):
             return_dict=True,
             return_tensors="pt",
         )
-        if image:
-            values = np.frombuffer(base64.b64decode(found["values"]), np.float32)
-            levels = np.abs(values - inputs["pixel_values"].numpy().ravel()) * 255 * std
-            assert levels.max() <= TOLERANCE_LEVELS
         tokens = model.generate(**inputs, max_new_tokens=512, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        if found["tokens"] != tokens.tolist():
-            different.append((question, found["text"], processor.decode(tokens)))
+        values = inputs["pixel_values"].numpy().ravel() if image else None
+        text = processor.decode(tokens, skip_special_tokens=True).strip()
+        found.append(Asked(question, image, values, tokens.tolist(), text))
+    return found, 255 * min(processor.image_processor.image_std)
+
+
+def compare_answers(asked: tuple[list[Asked], float], answers: list[dict]) -> None:
+    """Asserts that pixels agree to a level and tokens are equal."""
+    expected, scale = asked
+    different = []
+    for one, found in zip(expected, answers, strict=True):
+        if one.image:
+            values = np.frombuffer(base64.b64decode(found["values"]), np.float32)
+            assert np.abs(values - one.values).max() * scale <= TOLERANCE_LEVELS
+        if found["tokens"] != one.tokens:
+            different.append((one.question, found["text"], one.text))
     assert not different
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_answers_in_node_are_those_of_python(page, asked):
+    lines = []
+    for one in asked[0]:
+        line = {"question": one.question}
+        if one.image:
+            rgb = base64.b64encode(one.image.convert("RGB").tobytes()).decode()
+            line |= {"rgb": rgb, "width": one.image.width, "height": one.image.height, "values": True}
+        lines.append(json.dumps(line))
+    result = subprocess.run(
+        ["node", BROWSER / "ask.js", page], input="\n".join(lines), capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr
+    compare_answers(asked, [json.loads(line) for line in result.stdout.splitlines()])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's or Google's Chromium, headless."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(page):
+    """The page, served as `python -m http.server` does."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=page)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def test_answers_in_chromium_are_those_of_python(browser, address, asked):
+    visitor, elsewhere = browser.new_page(viewport={"width": 900, "height": 900}), []
+    visitor.set_default_timeout(120_000)
+
+    def stay(route):
+        if route.request.url.startswith((address, "blob:", "data:")):
+            return route.continue_()
+        elsewhere.append(route.request.url)
+        return route.abort()
+
+    visitor.route("**/*", stay)
+    visitor.goto(address)
+    visitor.get_by_text("Ready.").wait_for()
+    answers = []
+    for one in asked[0]:
+        png = base64.b64encode(encode_png(one.image)).decode() if one.image else None
+        answers.append(visitor.evaluate(ASK, {"question": one.question, "png": png}))
+    compare_answers(asked, answers)
+
+    first = asked[0][0]
+    picture = {"name": "picture.png", "mimeType": "image/png", "buffer": encode_png(first.image)}
+    visitor.reload()
+    visitor.get_by_text("Ready.").wait_for()
+    visitor.locator("[type=file]").set_input_files(picture)
+    visitor.locator("canvas").wait_for()
+    visitor.get_by_role("textbox").fill(first.question)
+    visitor.get_by_role("button", name="Ask").click()
+    visitor.get_by_text(f"{len(first.tokens)} tokens in").wait_for()
+    assert visitor.locator("#answer").inner_text() == first.text
+    if folder := os.environ.get("CONVLLAVA_SCREENSHOTS"):
+        visitor.screenshot(path=Path(folder) / "browser.png")
+    assert not elsewhere
+
+
+def test_transparency_is_white_in_chromium_too(browser, address):
+    """As in Python, where `load_image` puts white behind it."""
+    visitor = browser.new_page()
+    visitor.set_default_timeout(120_000)
+    visitor.goto(address)
+    visitor.get_by_text("Ready.").wait_for()
+    png = base64.b64encode(encode_png(Image.new("RGBA", (1, 1), (255, 0, 0, 0)))).decode()
+    opened = (
+        "async (png) => Array.from((await show(await (await fetch(`data:image/png;base64,${png}`)).blob())).pixels)"
+    )
+    assert visitor.evaluate(opened, png) == [255, 255, 255]
 
 
 def test_text_models_that_transformers_js_lacks_are_refused(checkpoint):

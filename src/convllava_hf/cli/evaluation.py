@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .ask import RuntimeOption
 from .options import RevisionOption, report_errors
 
 
@@ -78,6 +79,7 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
     ] = False,
+    runtime: RuntimeOption = None,
 ):
     """Ask a checkpoint the questions of a benchmark and score the answers, by the original's rule and by ours.
 
@@ -126,7 +128,7 @@ def evaluate(
             rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
             name, mark = checkpoint, run.hash_checkpoint(checkpoint)
             place = device or (str(state.device) if world > 1 else None)
-            settings |= {"dtype": dtype, "quantize": quantize}
+            settings |= {"dtype": dtype, "quantize": quantize, "runtime": runtime}
 
             def make(style, longest, options):
                 model, processor = load(
@@ -136,6 +138,7 @@ def evaluate(
                     quantize=quantize,
                     revision=revision,
                     trust_remote_code=trust_remote_code,
+                    runtime=runtime,
                 )
                 return run.make_local_answerer(model, processor, images, style, longest, options)
 

@@ -15,6 +15,7 @@ from .ask import (
     ImageTokensOption,
     ModelOption,
     QuantizeOption,
+    RuntimeOption,
     TrustOption,
     load_model,
 )
@@ -73,6 +74,7 @@ def serve(
     attn_implementation: AttentionOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    runtime: RuntimeOption = None,
 ):
     """Serve a checkpoint over HTTP with OpenAI's chat completions.
 
@@ -104,14 +106,16 @@ def serve(
         if engine == "vllm":
             from ..serving.vllm_engine import run_vllm
 
-            if quantize or attn_implementation or device:
-                raise ValueError("--device, --quantize and --attn-implementation belong to --engine transformers.")
+            if quantize or attn_implementation or device or runtime:
+                raise ValueError(
+                    "--device, --quantize, --attn-implementation and --runtime belong to --engine transformers."
+                )
             limits = (max_image_pixels, max_tokens, max_queue)
             with run_vllm(checkpoint, dtype, revision, trust_remote_code, *limits) as backend:
                 run_server(build_app(backend, options), host, port)
             return
         loaded = load_engine(
-            checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code,
+            checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code, runtime,
             max_batch=max_batch, batch_seconds=batch_wait, max_queue=max_queue, cache_bytes=image_cache * 2**20,
         )  # fmt: skip
         app = build_app(LocalBackend(loaded, max_image_pixels, max_tokens), options)
@@ -199,6 +203,7 @@ def batch(
     attn_implementation: AttentionOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    runtime: RuntimeOption = None,
 ):
     """Answer about every image of a folder or every row of a data set; starting again goes on where it stopped.
 
@@ -216,18 +221,21 @@ def batch(
 
         options = {"device": device, "dtype": dtype, "quantize": quantize, "revision": revision}
         options |= {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        options |= {"runtime": runtime}
         answerer = BatchAnswerer(model, max_new_tokens, max_image_tokens, max_batch=max_batch, load_options=options)
         answered, failed = answer_rows(answerer, list_rows(source, question, split), output, 4 * max_batch)
         answerer.close()
         print(f"{answered} rows, {failed} of them with an error, in {output}", file=sys.stderr)
 
 
-def load_engine(checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code, **settings):
+def load_engine(
+    checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code, runtime=None, **settings
+):
     """Loads a checkpoint into an engine; `settings` are those of `Engine`."""
     from ..serving.engine import Engine
 
     model, processor = load_model(
-        checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code, None
+        checkpoint, device, dtype, quantize, attn_implementation, revision, trust_remote_code, None, runtime
     )
     return Engine(model, processor, **settings)
 

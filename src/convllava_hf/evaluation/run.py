@@ -29,6 +29,7 @@ from .tasks import PROMPT_STYLES, PromptStyle, Question, find_task, score_task
 PACKAGES = ("torch", "transformers", "pillow", "numpy")
 # Weights, and what else changes an answer.
 HASHED = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja", "processor*", "preprocessor*")
+EXPORTED = ("onnx/*", "openvino/*")  # the graphs of `convllava export`
 Answerer = Callable[[list[Question]], list[str | Exception]]
 
 
@@ -46,8 +47,8 @@ def hash_checkpoint(checkpoint: str) -> str:
 
         found = [r for repo in scan_cache_dir().repos if repo.repo_id == checkpoint for r in repo.revisions]
         return max(found, key=lambda revision: revision.last_modified).commit_hash if found else "unknown"
-    files = sorted({file for pattern in HASHED for file in folder.glob(pattern)})
-    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+    files = sorted({file for pattern in HASHED + EXPORTED for file in folder.glob(pattern)})
+    if not any(file.suffix in (".safetensors", ".bin", ".onnx") for file in files):
         raise ValueError(f"{folder} holds no weights; expected the folder of a checkpoint.")
     lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()

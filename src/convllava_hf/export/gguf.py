@@ -1,7 +1,7 @@
-"""Files for llama.cpp: `model.gguf`, the language model and its tokenizer, and `mmproj.gguf`, CLIP and the projector.
+"""Files for llama.cpp: `model.gguf`, the language model and its tokenizer, and `mmproj.gguf`, tower and projector.
 
-llama.cpp knows LLaVA's CLIP tower and no ConvNeXt: of a ConvLLaVA the language model alone can go. Everything is
-written in float32; llama.cpp's own `llama-quantize` makes it smaller.
+llama.cpp knows LLaVA's towers, CLIP and SigLIP, and no ConvNeXt: of a ConvLLaVA the language model alone can go.
+Everything is written in float32; llama.cpp's own `llama-quantize` makes it smaller.
 
 Source of the layout: ggml-org/llama.cpp, `conversion/llama.py`, `tools/mtmd/clip.cpp` (`clip_graph_llava`).
 """
@@ -17,8 +17,18 @@ from ..checkpoints.weight_maps import ConversionError
 
 # The language models that llama.cpp computes by its architecture `llama`, with what our files say about them.
 TEXT_MODELS = ("llama", "mistral")
-CLIP_ACTIVATIONS = ("gelu", "quick_gelu")
-VISION_NAMES = {
+# By tower: its activation where the configuration names none, and which of its features llama.cpp projects.
+TOWERS = {"clip_vision_model": ("quick_gelu", "default"), "siglip_vision_model": ("gelu_pytorch_tanh", "full")}
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+EMBEDDING_NAMES = {
+    "embeddings.class_embedding": "v.class_embd",
+    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.patch_embedding.bias": "v.patch_embd.bias",
+    "embeddings.position_embedding.weight": "v.position_embd.weight",
+    "pre_layrnorm.weight": "v.pre_ln.weight",
+    "pre_layrnorm.bias": "v.pre_ln.bias",
+}
+BLOCK_NAMES = {
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
     "self_attn.q_proj": "attn_q",
@@ -62,10 +72,12 @@ def check_gguf(stored: dict) -> None:
         raise ConversionError(f"rope_parameters={rope} cannot go to gguf; expected rope_type 'default'.")
     if stored.get("model_type") != "llava":
         return
+    tower = vision.get("model_type")
+    activation, strategy = TOWERS.get(tower, (None, None))
     expected = {
-        "vision_config.model_type": (vision.get("model_type"), ("clip_vision_model",)),
-        "vision_config.hidden_act": (vision.get("hidden_act", "quick_gelu"), CLIP_ACTIVATIONS),
-        "vision_feature_select_strategy": (stored.get("vision_feature_select_strategy", "default"), ("default",)),
+        "vision_config.model_type": (tower, tuple(TOWERS)),
+        "vision_config.hidden_act": (vision.get("hidden_act", activation), ACTIVATIONS),
+        "vision_feature_select_strategy": (stored.get("vision_feature_select_strategy", "default"), (strategy,)),
         "projector_hidden_act": (stored.get("projector_hidden_act", "gelu"), ("gelu", "linear")),
     }
     for name, (value, known) in expected.items():
@@ -93,7 +105,7 @@ def write_gguf(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) 
     missing = CONVOLUTIONAL_TOWER
     if model.config.model_type == "llava":
         write_image_encoder(model, processor, folder / "mmproj.gguf")
-        missing = CLASS_TOKEN
+        missing = CLASS_TOKEN if model.config.vision_config.model_type == "clip_vision_model" else ""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.gguf"))}, missing
 
 
@@ -176,7 +188,7 @@ def _add_tokenizer(writer, processor: ProcessorMixin, config: PreTrainedConfig) 
 
 
 def write_image_encoder(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> None:
-    """Writes CLIP up to the layer that LLaVA reads, and the projector; arguments as for `write_gguf`."""
+    """Writes the tower up to the layer that LLaVA reads, and the projector; arguments as for `write_gguf`."""
     import gguf
 
     config, vision = model.config, model.config.vision_config
@@ -186,7 +198,7 @@ def write_image_encoder(model: PreTrainedModel, processor: ProcessorMixin, path:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", vision.hidden_act == "gelu")  # otherwise quick_gelu
+    writer.add_bool("clip.use_gelu", vision.hidden_act != "quick_gelu")
     writer.add_uint32("clip.vision.image_size", vision.image_size)
     writer.add_uint32("clip.vision.patch_size", vision.patch_size)
     writer.add_uint32("clip.vision.embedding_length", vision.hidden_size)
@@ -200,15 +212,9 @@ def write_image_encoder(model: PreTrainedModel, processor: ProcessorMixin, path:
     writer.add_array("clip.vision.image_mean", list(processor.image_processor.image_mean))
     writer.add_array("clip.vision.image_std", list(processor.image_processor.image_std))
     tower = {name.removeprefix("vision_model."): w for name, w in model.model.vision_tower.state_dict().items()}
-    tensors = {
-        "v.class_embd": tower["embeddings.class_embedding"],
-        "v.patch_embd.weight": tower["embeddings.patch_embedding.weight"],
-        "v.position_embd.weight": tower["embeddings.position_embedding.weight"],
-        "v.pre_ln.weight": tower["pre_layrnorm.weight"],
-        "v.pre_ln.bias": tower["pre_layrnorm.bias"],
-    }
+    tensors = {target: tower[name] for name, target in EMBEDDING_NAMES.items() if name in tower}
     for index in range(layers):
-        for name, target in VISION_NAMES.items():
+        for name, target in BLOCK_NAMES.items():
             for kind in ("weight", "bias"):
                 tensors[f"v.blk.{index}.{target}.{kind}"] = tower[f"encoder.layers.{index}.{name}.{kind}"]
     first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2

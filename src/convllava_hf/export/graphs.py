@@ -97,13 +97,12 @@ class DecoderWithCache(nn.Module):
 def check_exportable(model: PreTrainedModel) -> None:
     """Refuses what the graphs cannot hold, before anything is traced.
 
+    Args:
+        model: may be on the device `meta`.
+
     Raises:
-        ConversionError: the class is neither ConvLLaVA nor transformers' LLaVA, or the language model keeps something
-            else than keys and values.
+        ConversionError: the language model keeps something else than keys and values.
     """
-    kind = model.config.model_type
-    if kind not in ("convllava", "llava"):
-        raise ConversionError(f"model_type={kind!r} cannot be exported; expected a convllava or llava checkpoint.")
     text = model.config.get_text_config()
     types = {type(layer).__name__ for layer in DynamicCache(config=text).layers}
     # Layers with a sliding window hold keys and values too, and the mask does what their window does.

@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from ..checkpoints.staging import EXPORT_MANIFEST, check_output, stage_output
 from ..checkpoints.weight_maps import ConversionError
@@ -20,6 +27,8 @@ from .write import PACKAGES, check_packages, write_graphs
 
 
 TARGETS = ("onnx", "openvino", "web", "gguf")
+# Ours, and transformers' own for LLaVA v1.5, LLaVAR, v0 and TinyLLaVA.
+FAMILIES = ("convllava", "llava")
 BYTES_PER_WEIGHT = {None: 4, "int8": 1, "int4": 0.6}
 
 
@@ -101,20 +110,27 @@ def export_checkpoint(
     check_packages(runtime, quantize)
     check_output(output, force)
     stored, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if stored.get("model_type") not in FAMILIES:
+        raise ConversionError(
+            f"model_type={stored.get('model_type')!r} cannot be exported; expected {' or '.join(FAMILIES)}."
+        )
     if target == "gguf":
         check_gguf(stored)
-    model, processor = load(
-        checkpoint, device="cpu", dtype="float32", revision=revision, trust_remote_code=trust_remote_code
-    )
-    check_exportable(model)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with torch.device("meta"):  # no weight is read before the shape is known to be one that can go
+        shape = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(checkpoint, **source), trust_remote_code=trust_remote_code
+        )
+    check_exportable(shape)
     if target == "web":
-        check_web(model.config)
-    num_bytes = int(model.num_parameters() * BYTES_PER_WEIGHT[quantize])
+        check_web(shape.config)
+    num_bytes = int(shape.num_parameters() * BYTES_PER_WEIGHT[quantize])
     if target == "web" and num_bytes > LARGEST_PAGE:
         raise ConversionError(
             f"the export would have {num_bytes / 1e9:.1f} GB, more than a page can hold ({LARGEST_PAGE / 1e9:.0f} GB); "
             "pass --quantize int8 or int4, or take a smaller checkpoint."
         )
+    model, processor = load(checkpoint, device="cpu", dtype="float32", **source)
     with stage_output(output, num_bytes, force) as folder:
         if target == "gguf":
             sizes, missing = write_gguf(model, processor, folder)

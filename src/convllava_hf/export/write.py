@@ -74,8 +74,13 @@ def write_graphs(parts: dict[str, TracedPart], folder: Path, runtime: str, quant
         before = {path: path.stat().st_size for path in folder.iterdir()}
         try:
             write(part, folder / f"{name}{SUFFIXES[quantize]}{EXTENSIONS[runtime]}", quantize)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())
+        except OSError:  # of the disk, and not of the graph
+            raise
+        except Exception as error:  # the exporters have kinds of their own, and the last cause names the operator
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = " ".join(str(cause).split())
             raise ConversionError(f"{name} cannot be exported to {runtime}: {reason[:600]}") from error
         sizes[name] = sum(path.stat().st_size for path in folder.iterdir() if path not in before)
     return sizes
@@ -133,7 +138,13 @@ def _write_openvino(part: TracedPart, path: Path, quantize: str | None) -> None:
         import nncf
 
         mode = {"int8": "INT8_ASYM", "int4": "INT4_SYM"}[quantize]
-        quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode[mode]))
+        # int4 shares a scale among 128 weights, which not every width is a multiple of: fewer share one there.
+        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        quantizer = NNCFOpenVINOQuantizer(
+            NNCFWeightCompressionConfig(
+                mode=nncf.CompressWeightsMode[mode], advanced_parameters=fallback if quantize == "int4" else None
+            )
+        )
     config = OpenVINOConfig(dynamic_shapes=part.dynamic_shapes, quantizer=quantizer, stateful=False)
     exporter = OpenVINOExporter()
     program, _ = exporter.export_program(part.module.eval(), dict(part.inputs), config)

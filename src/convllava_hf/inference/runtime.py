@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..checkpoints.staging import EXPORT_MANIFEST
 
@@ -134,16 +134,17 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return torch.float32
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Encodes and projects images; images of equal size run as one batch.
 
         Args:
             pixel_values: `(I, 3, H, W)`, float32, padded at the right and the bottom where sizes differ.
             image_sizes: `(I, 2)` heights and widths in pixels without padding. Default: no padding.
+            kwargs: settings of checkpoints that mean nothing here.
 
         Returns:
-            One tensor `(N_i, D)` per image.
+            `pooler_output`: one tensor `(N_i, D)` per image.
         """
         full = tuple(pixel_values.shape[-2:])
         sizes = [full] * len(pixel_values) if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
@@ -153,7 +154,15 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             group = self.graphs["vision_encoder"](pixel_values=pixel_values[members, :, :height, :width].float())
             for index, feature in zip(members, group["image_features"], strict=True):  # (members, N, D)
                 features[index] = feature
-        return features
+        return BaseModelOutputWithPooling(pooler_output=tuple(features))
+
+    def get_input_embeddings(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from ids `(..., S)` to embeddings `(..., S, D)`."""
+        return self._embed
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeds = self.graphs["embed_tokens"](input_ids=torch.atleast_2d(input_ids))["inputs_embeds"]
+        return embeds.reshape(*input_ids.shape, -1)
 
     def forward(
         self,
@@ -184,9 +193,9 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: placeholders that do not match the images.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.graphs["embed_tokens"](input_ids=input_ids)["inputs_embeds"]  # (B, S, D)
+            inputs_embeds = self._embed(input_ids)  # (B, S, D)
         if pixel_values is not None:
-            features = torch.cat(self.get_image_features(pixel_values, image_sizes))  # (sum of N, D)
+            features = torch.cat(self.get_image_features(pixel_values, image_sizes).pooler_output)  # (sum of N, D)
             mask = input_ids == self.config.image_token_id  # (B, S)
             if mask.sum() != len(features):
                 raise ValueError(

@@ -120,6 +120,20 @@ class TestRuntimes:
         assert result.exit_code == 0
         assert result.stdout.strip() == answer(*before, "What is it?", photo, max_new_tokens=6)
 
+    def test_eval_answers_from_it(self, exported, before, photo, target, tmp_path):
+        rows, said = [], []
+        for number, size in enumerate([(64, 96), (64, 96), (80, 40)]):
+            photo.resize(size).save(tmp_path / f"{number}.png")
+            rows.append({"question_id": number, "image": f"{number}.png", "text": f"What is {number}?", "answer": "x"})
+            said.append(answer(*before, rows[-1]["text"], tmp_path / f"{number}.png", max_new_tokens=6))
+        (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = ["eval", exported(target).output, "--runtime", target, "--task", "contains", "--max-new-tokens", 6]
+        command += ["--questions", tmp_path / "questions.jsonl", "--images", tmp_path, "--output", tmp_path / "results"]
+        result = CliRunner().invoke(app, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+        lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in lines] == said
+
 
 @needs_exporters
 @pytest.mark.slow

@@ -92,7 +92,7 @@ was trained on {results["training_pages"]:,} pages and asked about pages that it
 never saw.</p>
 <div class="cards">{draw_head(head)}</div>
 <h2>Accuracy on held-out questions</h2>
-<p>Exact match of the greedy answer from <code>pipeline("image-text-to-text")</code>. The red mark is the control: the
+<p>Exact match of the greedy answer, as <code>convllava eval</code> asks and scores. The red mark is the control: the
 same questions, each with the page of another question of its task. What is left there is guessing.</p>
 <div class="wide">{draw_table(results)}</div>
 <h2>Training</h2>

@@ -8,12 +8,14 @@ Needs no network, no GPU and about four minutes on two CPU cores. Leaves in the 
     report.html    the same to look at: loss curves, sample pictures with question, answer and truth
     checkpoint/    the model, which `convllava ask` answers from
     samples/       held-out pictures to ask about
+    evaluation/    the held-out questions with their answers: `convllava eval-report quickstart/evaluation/results`
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import tempfile
 import time
 import warnings
@@ -39,10 +41,13 @@ from stages import (
     learn_to_see,
     train_stage,
 )
-from tqdm.auto import tqdm
-from transformers import pipeline, set_seed
+from transformers import set_seed
 
+from convllava_hf import load
+from convllava_hf.evaluation.converters import write_json_lines
 from convllava_hf.evaluation.metrics import compare_exact
+from convllava_hf.evaluation.run import evaluate, hash_checkpoint, make_local_answerer
+from convllava_hf.evaluation.scores import read_json_lines
 
 
 TARGET, TARGET_PER_TASK = 0.92, 0.85
@@ -90,21 +95,34 @@ def draw_questions(pages, per_task: int, seed: int) -> list[dict]:
     return questions
 
 
-def answer_questions(pipe, questions: list[dict], images: list, batch_size: int = 32) -> list[str]:
-    """Answers through the pipeline. A batch of it holds rows with images or rows without, never both."""
-    answers = {}
-    for with_image in (True, False):
-        indices = [i for i, question in enumerate(questions) if (images[i] is not None) == with_image]
-        for start in tqdm(range(0, len(indices), batch_size), unit="batch"):
-            batch = indices[start : start + batch_size]
-            chats = []
-            for i in batch:
-                content = [{"type": "image", "image": images[i]}] if with_image else []
-                content.append({"type": "text", "text": questions[i]["question"]})
-                chats.append([{"role": "user", "content": content}])
-            outputs = pipe(text=chats, batch_size=len(batch), return_full_text=False, max_new_tokens=10)
-            answers.update((i, output[0]["generated_text"].strip()) for i, output in zip(batch, outputs, strict=True))
-    return [answers[i] for i in range(len(questions))]
+def answer_questions(checkpoint: Path, questions: list[dict], images: list, folder: Path) -> list[str]:
+    """Answers as `convllava eval --task exact-match` does, with files and results in a folder for that command."""
+    shutil.rmtree(folder, ignore_errors=True)  # answers of another checkpoint
+    folder.mkdir(parents=True)
+    rows = []
+    for number, (question, image) in enumerate(zip(questions, images, strict=True)):
+        row = {"question_id": number, "text": question["question"], "answer": question["truth"]}
+        rows.append({**row, "category": question["task"]})
+        if image is not None:
+            rows[-1]["image"] = f"{number}.png"
+            image.save(folder / f"{number}.png")
+    write_json_lines(rows, folder / "questions.jsonl")
+
+    def make_answerer(style, longest, settings):
+        return make_local_answerer(*load(checkpoint), folder, style, longest, settings)
+
+    evaluate(
+        "exact-match",
+        folder / "questions.jsonl",
+        folder / "results",
+        folder,
+        make_answerer=make_answerer,
+        model_id=str(checkpoint),
+        checkpoint_hash=hash_checkpoint(str(checkpoint)),
+        batch_size=32,
+        max_new_tokens=10,
+    )
+    return [row["text"] for row in read_json_lines(folder / "results" / "predictions.jsonl")]
 
 
 def main(
@@ -164,16 +182,15 @@ def main(
             losses[stage.title] = train_stage(stage, checkpoint, data, trained, seed)
             checkpoint = trained
 
-    clock.start("answering held-out questions through pipeline('image-text-to-text')")
+    clock.start("answering held-out questions, as `convllava eval` does")
     questions = draw_questions(make_pages("test", 14 * per_task, seed), per_task, seed)
-    pipe = pipeline("image-text-to-text", model=str(output / "checkpoint"))
     images = [question["image"] for question in questions]
-    answers = answer_questions(pipe, questions, images)
+    answers = answer_questions(checkpoint, questions, images, output / "evaluation")
     clock.start("the same with the pictures swapped between questions")
     about_images = [question for question in questions if question["image"] is not None]
     swapped = [question["image"] for question in about_images]
     random.Random(seed).shuffle(swapped)
-    swapped_answers = iter(answer_questions(pipe, about_images, swapped))
+    swapped_answers = iter(answer_questions(checkpoint, about_images, swapped, output / "evaluation_swapped"))
     clock.start(None)
 
     for question, answer in zip(questions, answers, strict=True):

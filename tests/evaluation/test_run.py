@@ -15,6 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
+from convllava_hf.evaluation.run import build_chat, hash_checkpoint, set_chat_template
+from convllava_hf.evaluation.tasks import PROMPT_STYLES, find_task
+from convllava_hf.shipped import build_chat_template
 
 
 CONVLLAVA = Path(sys.executable).with_name("convllava")
@@ -105,13 +108,132 @@ def test_killed_and_started_again(evaluated, converted, questions, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_one_result(evaluated, converted, questions, tmp_path):
-    """By torch's launcher, which `accelerate launch` runs for several GPUs; without one it wants MPI."""
+    """`--multi_gpu` has accelerate start two processes; `--device cpu` of ours then takes gloo."""
     output = tmp_path / "results"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(CONVLLAVA)]
+    launch = [CONVLLAVA.with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", CONVLLAVA]
     done = subprocess.run([*launch, *build_command(converted, questions, output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(output.glob("answers-*.jsonl"))) == 2
     assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
+
+
+def test_a_limit_takes_the_first_questions(evaluated, converted, questions, tmp_path):
+    command = build_command(converted, questions, tmp_path / "results", "--limit", 3)
+    assert run(app, command).exit_code == 0
+    whole, some = (read_lines(folder / "predictions.jsonl") for folder in (evaluated, tmp_path / "results"))
+    assert [(row["question_id"], row["text"]) for row in some] == [
+        (row["question_id"], row["text"]) for row in whole[:3]
+    ]
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["numbers"]["contains"]["count"] == 3 and not results["problems"]
+    refused = run(app, build_command(converted, questions, tmp_path / "results", "--limit", 4))
+    assert refused.exit_code == 3 and "what differs: limit (3 there, 4 here)" in refused.output
+
+
+def test_a_checkpoint_of_the_hub_is_known_by_its_commit(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    commits = []
+    HfApi().create_repo("someone/model")
+    for number in range(2):
+        (tmp_path / "config.json").write_text(json.dumps({"number": number}))
+        done = HfApi().upload_file(
+            path_or_fileobj=tmp_path / "config.json", path_in_repo="config.json", repo_id="someone/model"
+        )
+        commits.append(done.oid)
+    assert hash_checkpoint("someone/model") == commits[1]
+    assert hash_checkpoint("someone/model", commits[0]) == commits[0]
+
+
+def test_prompts_are_those_of_each_project(reference, converted, tmp_path):
+    """From question files through the readers to what the tokenizer gets, against the recorded prompts."""
+    from transformers import AutoProcessor
+
+    recorded = json.loads((reference / "evaluation" / "prompts.json").read_text())
+    checked = 0
+
+    def check(project, style, task, entries, tag=None):
+        nonlocal checked
+        processor = AutoProcessor.from_pretrained(converted)
+        if tag:  # what a checkpoint was trained with around its images
+            processor.chat_template = build_chat_template(processor.tokenizer, "chatml", tag)
+        set_chat_template(processor, PROMPT_STYLES[style])
+        entries = [entry for entry in entries if "full_prompt" in entry]
+        if task == "mmbench":
+            file = reference / "evaluation" / "mmbench" / "mmbench_dev_20230712.tsv"
+        else:
+            file = tmp_path / "questions.jsonl"
+            rows = [
+                {
+                    "question_id": number,
+                    "text": entry.get("question_text") or entry["text"],
+                    "sent": entry.get("sentence"),
+                }
+                | {"image": "x.png" if entry.get("image", True) else None, "question": entry.get("question_text")}
+                | {"image_path": "x.png"}
+                for number, entry in enumerate(entries)
+            ]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = find_task(task)[1].read(file, PROMPT_STYLES[style])
+        if task == "mmbench":
+            wanted = {entry["question_id"] for entry in entries}
+            asked = [question for question in asked if question.question_id in wanted]
+        for question, entry in zip(asked, entries, strict=True):
+            images = [Image.new("RGB", (8, 8))] if question.image else []
+            chat = build_chat(question, images, PROMPT_STYLES[style])
+            text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = text.removeprefix(processor.tokenizer.bos_token).lstrip()
+            assert text == entry["full_prompt"].replace("<im_patch>{576}", "<im_patch>"), (project, task)
+            if "stored_prompt" in entry:
+                assert question.prompt == entry["stored_prompt"]
+            checked += 1
+
+    for project, style in (("llava_v1_5", "llava"), ("tinyllava", "tinyllava")):
+        for key, entries in recorded[project].items():
+            entries = entries if isinstance(entries, list) else [entries]
+            if key == "mmbench":
+                check(project, style, "mmbench", entries)
+            elif key == "scienceqa_single_pred_prompt":
+                rows = [
+                    {**entry, "text": entry["stored_prompt"].removeprefix("<image>\n").rpartition("\n")[0]}
+                    | {"image": "<image>" in entry["stored_prompt"]}
+                    for entry in entries
+                ]
+                check(project, style, "scienceqa", rows)
+            elif all(isinstance(entry, dict) and "question_text" in entry for entry in entries):
+                check(project, style, "pope", entries, "<im_start><image><im_end>" if "im_start" in key else None)
+    check("convllava", "convllava", "refcoco", recorded["convllava"]["refcoco"])
+    tag = "<im_start><im_patch><im_end>"
+    for key in ("mme", "multimodal_ocr", "instruction_following", "scienceqa"):
+        entries = recorded["llavar"][key]
+        task = key if key in ("multimodal_ocr", "scienceqa") else "pope"
+        check("llavar", "llavar", task, entries if isinstance(entries, list) else [entries], tag)
+    check("llavar", "llavar", "pope", [recorded["llavar"]["mm_use_im_start_end_false"]], "<im_patch>")
+    assert checked > 40
+
+
+def test_ground_draws_the_box_of_the_answer(converted, questions, tmp_path, monkeypatch):
+    """The tiny model knows no boxes, so its second answer is set here."""
+    command = ["ground", str(questions.parent / "1.png"), "the red cup", "--model", str(converted), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "boxed.png")]
+    result = run(app, command)
+    assert result.exit_code == 3 and "the model gave no box but" in result.output
+    assert not (tmp_path / "boxed.png").exists()
+    asked = []
+    monkeypatch.setattr(
+        "convllava_hf.inference.answer.answer",
+        lambda model, processor, text, **options: asked.append(text) or "[0.25, 0.25, 0.75, 0.75]",
+    )
+    result = run(app, command)
+    assert result.exit_code == 0, result.output
+    assert asked == ["Please provide the bounding box coordinate of the region this sentence describes: the red cup."]
+    # 64 x 48 on a square of 64: 8 rows above.
+    assert result.stdout.startswith("[16.0, 8.0, 48.0, 40.0]")
+    with Image.open(questions.parent / "1.png") as image, Image.open(tmp_path / "boxed.png") as boxed:
+        assert boxed.size == image.size
+        assert boxed.getpixel((16, 24)) == boxed.getpixel((32, 40)) == (212, 42, 32)
+        assert boxed.getpixel((30, 24)) == image.convert("RGB").getpixel((30, 24))
 
 
 def test_rescore_needs_the_predictions_alone(evaluated, tmp_path):

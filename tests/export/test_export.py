@@ -152,16 +152,19 @@ class TestRuntimes:
             name: answer(*before, "What is it?", picture, max_new_tokens=6) for name, picture in pictures.items()
         }
 
-    def test_eval_asks_it(self, exported, before, photo, target, tmp_path):
-        photo.save(tmp_path / "photo.png")
-        question = {"question_id": 1, "image": "photo.png", "text": "What is it?", "answer": "a photo"}
-        (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
-        command = ["eval", str(exported(target).output), "--runtime", target, "--task", "exact-match"]
-        command += ["--questions", str(tmp_path / "questions.jsonl"), "--images", str(tmp_path)]
-        result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "results"), "--max-new-tokens", "6"])
+    def test_eval_answers_from_it(self, exported, before, photo, target, tmp_path):
+        rows, said = [], []
+        for number, size in enumerate([(64, 96), (64, 96), (80, 40)]):
+            photo.resize(size).save(tmp_path / f"{number}.png")
+            rows.append({"question_id": number, "image": f"{number}.png", "text": f"What is {number}?", "answer": "x"})
+            said.append(answer(*before, rows[-1]["text"], tmp_path / f"{number}.png", max_new_tokens=6))
+        (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = ["eval", exported(target).output, "--runtime", target, "--task", "contains", "--max-new-tokens", 6]
+        command += ["--questions", tmp_path / "questions.jsonl", "--images", tmp_path, "--output", tmp_path / "results"]
+        result = CliRunner().invoke(app, [str(part) for part in command])
         assert result.exit_code == 0, result.output
-        (row,) = (json.loads(line) for line in (tmp_path / "results" / "predictions.jsonl").read_text().splitlines())
-        assert row["text"] == answer(*before, "What is it?", photo, max_new_tokens=6)
+        lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in lines] == said
 
     def test_serve_answers_from_it(self, exported, before, target, monkeypatch):
         """The command's own application; only the listening is left out."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .ask import RuntimeOption
+from .ask import DtypeOption, ImageTokensOption, QuantizeOption, RuntimeOption, TrustOption, load_model
 from .options import RevisionOption, report_errors
 
 
@@ -55,15 +55,16 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest answer. [default: the original's]")
     ] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Most tokens of an image.")] = None,
+    max_image_tokens: ImageTokensOption = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of sampling.")] = 0,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Count such questions as not answered instead of stopping.")
     ] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, bfloat16, float16 or float32.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(metavar="4bit|8bit", help="Through bitsandbytes.")] = None,
+    dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    runtime: RuntimeOption = None,
     judge_url: Annotated[
         str | None, typer.Option(metavar="URL", help="OpenAI-compatible judge of gpt-review.", show_default=False)
     ] = None,
@@ -76,10 +77,7 @@ def evaluate(
     ] = None,
     review_kind: Annotated[str, typer.Option(metavar="NAME", help="text, visual, bench or llavar.")] = "visual",
     revision: RevisionOption = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
-    runtime: RuntimeOption = None,
+    trust_remote_code: TrustOption = False,
 ):
     """Ask a checkpoint the questions of a benchmark and score the answers, by the original's rule and by ours.
 
@@ -120,27 +118,17 @@ def evaluate(
         else:
             from accelerate import PartialState
 
-            from ..inference.load import load
-            from ..registration import register
-
-            register()
             state = PartialState(cpu=device == "cpu")
             rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
-            name, mark = checkpoint, run.hash_checkpoint(checkpoint)
-            place = device or (str(state.device) if world > 1 else None)
+            name, mark = checkpoint, run.hash_checkpoint(checkpoint, revision)
+            place = device or (str(state.device) if world > 1 and runtime is None else None)
             settings |= {"dtype": dtype, "quantize": quantize, "runtime": runtime}
 
             def make(style, longest, options):
-                model, processor = load(
-                    checkpoint,
-                    device=place,
-                    dtype=dtype,
-                    quantize=quantize,
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
-                    runtime=runtime,
+                loaded = load_model(
+                    checkpoint, place, dtype, quantize, None, revision, trust_remote_code, None, runtime
                 )
-                return run.make_local_answerer(model, processor, images, style, longest, options)
+                return run.make_local_answerer(*loaded, images, style, longest, options)
 
         judge = None
         if judge_url is not None:
@@ -225,14 +213,13 @@ def score(
 
         result = score_task(task, predictions, questions, annotations)
         print_problems(result.count_problems())
-        if not as_json:
-            print_numbers(result.summarise())
-        if "error" in result.original:
-            raise ValueError(f"the original's code stops here: {result.original['error']}.")
         if as_json:
             print(json.dumps(result.original, indent=1, ensure_ascii=False))
         else:
+            print_numbers(result.summarise())
             print_original(result.original)
+        if "error" in result.original:
+            raise ValueError(f"the original's code stops here: {result.original['error']}.")
 
 
 def print_problems(problems: dict) -> None:
@@ -359,9 +346,7 @@ def ground(
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Hub id or path.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Image to write.", show_default=False)],
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
 ):
     """Draw the box that a model gives for a description. Prints it in pixels of the image.
 
@@ -373,12 +358,9 @@ def ground(
         from ..evaluation.grounding import PROMPT, draw_boxes, parse_box, place_box
         from ..images import load_image
         from ..inference.answer import answer
-        from ..inference.load import load
-        from ..registration import register
 
-        register()
         picture = load_image(image)
-        loaded = load(model, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, device, "auto", None, None, None, trust_remote_code, None)
         text = answer(*loaded, PROMPT.format(phrase), images=[picture], max_new_tokens=100)
         box = parse_box(text)
         if box is None:

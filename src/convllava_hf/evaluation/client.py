@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -21,8 +20,8 @@ from .tasks import PromptStyle, Question
 logger = logging.get_logger(__name__)
 
 
-# Formats that servers read; others are sent as PNG.
-MIME_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+# The first bytes of formats that servers read; others are sent as PNG.
+MIME_TYPES = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp"}
 
 
 def connect(url: str, timeout: float = 120.0, retries: int = 5):
@@ -59,8 +58,7 @@ def find_model(client) -> str:
 def encode_image(source: bytes | Path) -> str:
     """An image as a data URI: its own bytes, where servers read the format."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with Image.open(BytesIO(content)) as opened:
-        kind = MIME_TYPES.get(opened.format)
+    kind = MIME_TYPES.get(content[:2])
     if kind is None:
         file = BytesIO()
         load_image(content).save(file, "PNG")

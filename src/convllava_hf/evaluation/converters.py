@@ -54,7 +54,8 @@ def _drop_label(text: str, label: str) -> str:
 
 
 def _write_scienceqa(problem: dict, asked: str, answered: str) -> tuple[str, str]:
-    lecture, solution, letter = problem["lecture"], problem["solution"], LETTERS[problem["answer"]]
+    lecture, solution = (problem[part].replace("\\n", "\n") for part in ("lecture", "solution"))
+    letter = LETTERS[problem["answer"]]
     context = problem["hint"].strip() or "N/A"
     options = " ".join(f"({LETTERS[place]}) {choice}" for place, choice in enumerate(problem["choices"]))
     reasons = " ".join({"L": lecture, "E": solution}[part] for part in asked[1:] if part in "LE")

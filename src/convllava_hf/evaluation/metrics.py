@@ -49,7 +49,7 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
     problems, original, outcomes = defaultdict(list), {"categories": {}, "parsed": {}}, []
     joined = join_answers(answers, [question["question_id"] for question in questions], problems)
     if problems["answers without a question"]:
-        original = {"error": f"KeyError: {problems['answers without a question'][0]}"}
+        original["error"] = f"KeyError: {problems['answers without a question'][0]}"
     pairs = {"original": [], "ours": []}
     for category, rows in labels.items():
         truths = ["no" if row["label"] == "no" else "yes" for row in rows]
@@ -63,7 +63,7 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
                 original["categories"][category] = _count_pope(parsed, truths)
                 original["parsed"] |= zip([str(answer["question_id"]) for answer in given], parsed, strict=True)
             except ZeroDivisionError:
-                original = {"error": f"ZeroDivisionError: category {category!r} has a ratio without a denominator"}
+                original["error"] = f"ZeroDivisionError: category {category!r} has a ratio without a denominator"
         asked = [question["question_id"] for question in questions if question["category"] == category]
         if len(asked) != len(truths):
             problems["categories with another number of labels than questions"].append(category)

@@ -12,6 +12,7 @@ A folder of results holds:
 import hashlib
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..images import ImageError, limit_image_tokens, load_image, read_size
+from ..shipped import build_chat_template
 from .scores import Score, read_json, read_json_lines
 from .tasks import PROMPT_STYLES, PromptStyle, Question, find_task, score_task
 
@@ -29,25 +31,25 @@ from .tasks import PROMPT_STYLES, PromptStyle, Question, find_task, score_task
 PACKAGES = ("torch", "transformers", "pillow", "numpy")
 # Weights, and what else changes an answer.
 HASHED = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja", "processor*", "preprocessor*")
-EXPORTED = ("onnx/*", "openvino/*")  # the graphs of `convllava export`
+HASHED += ("onnx/*", "openvino/*")  # the graphs of `convllava export`
 Answerer = Callable[[list[Question]], list[str | Exception]]
 
 
-def hash_checkpoint(checkpoint: str) -> str:
+def hash_checkpoint(checkpoint: str, revision: str | None = None) -> str:
     """A hash of the files of a checkpoint that change its answers; of a Hub id its commit.
 
     Raises:
         ValueError: a folder without weights.
+        OSError: no such checkpoint.
     """
+    from transformers.utils import cached_file
+
     from ..checkpoints.reading import hash_file
 
     folder = Path(checkpoint)
     if not folder.is_dir():
-        from huggingface_hub import scan_cache_dir
-
-        found = [r for repo in scan_cache_dir().repos if repo.repo_id == checkpoint for r in repo.revisions]
-        return max(found, key=lambda revision: revision.last_modified).commit_hash if found else "unknown"
-    files = sorted({file for pattern in HASHED + EXPORTED for file in folder.glob(pattern)})
+        return Path(cached_file(checkpoint, "config.json", revision=revision)).parent.name  # .../snapshots/<commit>
+    files = sorted({file for pattern in HASHED for file in folder.glob(pattern)})
     if not any(file.suffix in (".safetensors", ".bin", ".onnx") for file in files):
         raise ValueError(f"{folder} holds no weights; expected the folder of a checkpoint.")
     lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
@@ -119,12 +121,10 @@ def make_local_answerer(
     from transformers import GenerationConfig
 
     from ..inference.answer import list_stop_strings
-    from ..shipped import build_chat_template
 
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    if style.template:
-        processor.chat_template = build_chat_template(tokenizer, style.template)
+    set_chat_template(processor, style)
     temperature = settings.get("temperature") or 0.0
     sampling = {"temperature": temperature} if temperature else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, **sampling)
@@ -159,6 +159,13 @@ def make_local_answerer(
         return [strip_ends(text, ends) for text in texts]
 
     return answer
+
+
+def set_chat_template(processor, style: PromptStyle) -> None:
+    """Gives a processor the template of a style. What its own writes around an image stays, as it was trained."""
+    if style.template:
+        tag = re.search("set image_tag = '([^']+)'", processor.chat_template or "")
+        processor.chat_template = build_chat_template(processor.tokenizer, style.template, tag and tag[1])
 
 
 def strip_ends(text: str, ends: list[str]) -> str:

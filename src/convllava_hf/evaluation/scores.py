@@ -131,14 +131,16 @@ def read_json_lines(path: Path, broken: list | None = None) -> list[dict]:
 
     Args:
         path: of the file.
-        broken: gets the numbers of lines that are no JSON. Without it such a line is an error.
+        broken: gets the numbers of lines that are no JSON. Without it such a line is an error, unless it is empty.
 
     Raises:
         ValueError: such a line.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
+            if broken is None and not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -161,6 +163,6 @@ def read_json(path: Path):
         ValueError: it is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); get it again.") from error

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ class Question:
 
 def read_rows(path: Path) -> list[dict]:
     """Rows of a question file: JSON Lines, or a JSON list."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         is_list = file.read(64).lstrip().startswith("[")
     return read_json(path) if is_list else read_json_lines(path)
 
@@ -205,6 +205,7 @@ def _score_pope(files: Files) -> Score:
 
 def _score_textvqa(files: Files) -> Score:
     truths = files.find(lambda content: isinstance(content, dict) and "data" in content, "TextVQA_0.5.1_val.json")
+    truths = {"data": files.keep(truths["data"], "image_id")}
     return metrics.score_textvqa(truths, files.answers, files.predictions.stem)
 
 
@@ -248,8 +249,14 @@ def _score_mme(files: Files) -> Score:
         folder = next((file for file in files.given if file.is_dir()), None)
         if folder is None:
             raise ValueError("pass MME's folder (MME_Benchmark_release_version) as --annotations DIR.")
-        texts = mme.convert_mme(mme.read_mme_truths(folder), files.answers)
-        score = mme.score_mme({name: text.splitlines(keepends=True) for name, text in texts.items()})
+        truths = mme.read_mme_truths(folder)
+        texts = mme.convert_mme(truths, files.answers)
+        tasks = {name: text.splitlines(keepends=True) for name, text in texts.items()}
+        score = mme.score_mme(tasks)
+        counts = Counter((name, *line.split("\t")[:2]) for name, lines in tasks.items() for line in lines)
+        score.problems["answered twice"] += [key for key, count in counts.items() if count > 1]
+        if files.asked is None:
+            score.problems["questions without an answer"] += [key for key in truths if key not in counts]
         score.original["converter"] = {f"{name}.txt": text for name, text in texts.items()}
         return score
     found = [files.predictions] if files.predictions.is_file() else sorted(files.predictions.glob("*.txt"))
@@ -269,33 +276,40 @@ def _score_multimodal_ocr(files: Files) -> Score:
     rows = read_rows(files.predictions)
     if not rows or "gt_answers" in rows[0]:
         return metrics.score_multimodal_ocr(rows)
-    said = {row["question_id"]: row["text"] for row in rows}
-    truths = read_rows(files.need("the benchmark's file with 'gt_answers'"))
-    truths = truths[: None if files.asked is None else len(files.asked)]
-    rows = [{**row, "answer": said[number]} for number, row in enumerate(truths) if number in said]
-    score = metrics.score_multimodal_ocr(rows)
-    score.problems["questions without an answer"] += [number for number in range(len(truths)) if number not in said]
+    truths, said, problems = _join_by_place(files, files.need("the benchmark's file with 'gt_answers'"), rows)
+    answered = [{**row, "answer": said[n]["text"]} for n, row in enumerate(truths) if n in said]
+    score = metrics.score_multimodal_ocr(answered)
+    score.problems |= problems
     return score
 
 
-def _score_refcoco(files: Files) -> Score:
-    truths, rows = read_rows(files.need("the question file of RefCOCO")), read_rows(files.predictions)
+def _join_by_place(files: Files, questions: Path, answers: list[dict]) -> tuple[list[dict], dict, dict]:
+    """Questions whose id is their place in the file, answers by place, and what does not fit."""
+    problems, truths = defaultdict(list), read_rows(questions)
     truths = truths[: None if files.asked is None else len(files.asked)]
-    if not rows or "question_id" not in rows[0]:
+    return truths, join_answers(answers, range(len(truths)), problems), problems
+
+
+def _score_refcoco(files: Files) -> Score:
+    rows = read_rows(files.predictions)
+    has_ids = bool(rows) and "question_id" in rows[0]
+    truths, said, problems = _join_by_place(files, files.need("the question file of RefCOCO"), rows if has_ids else [])
+    if not has_ids:
         return grounding.score_refcoco(truths, [row["answer"] for row in rows])
-    problems = defaultdict(list)
-    said = join_answers(rows, range(len(truths)), problems)
     score = grounding.score_refcoco(truths, [said.get(n, {"text": ""})["text"] for n in range(len(truths))])
     score.problems |= problems
     return score
 
 
 def _score_reviews(files: Files) -> Score:
-    if files.predictions.suffix == ".json":
-        replies = read_json(files.predictions)
-        return Score({"parse_score": [{"reply": reply, "scores": gpt_review.parse_review(reply)} for reply in replies]})
     is_folder = files.predictions.is_dir()
-    found = sorted(files.predictions.glob("*.jsonl")) if is_folder else [files.predictions]
+    replies = [] if is_folder else read_rows(files.predictions)
+    if replies and isinstance(replies[0], str):
+        return Score({"parse_score": [{"reply": reply, "scores": gpt_review.parse_review(reply)} for reply in replies]})
+    found = [files.predictions]
+    if is_folder:  # of which the original takes these
+        names = ("*",) if "review" in str(files.predictions) else ("gpt4_text*", "reviews_*", "review_*")
+        found = sorted(file for name in names for file in files.predictions.glob(f"{name}.jsonl"))
     score = gpt_review.score_reviews([row for file in found for row in read_json_lines(file)])
     score.original["summary"] = {"dir" if is_folder else "files": gpt_review.print_summary(found)}
     if not is_folder:

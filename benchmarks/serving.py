@@ -4,13 +4,17 @@ Both serve the same checkpoint on loopback, each in a process of its own; they t
 in the machine's speed meets both. Clients ask in a closed loop, each with its own images, and read streams. Before the
 first round each server answers each client once. "follow-up" asks again about the first image of the client.
 
+`--grown` serves a model of 8 layers of width 512 with random weights behind a tower for 512 pixels (64 tokens) instead,
+with the checkpoint's processor: the quickstart's own model takes less time than the HTTP around it.
+
     python benchmarks/serving.py quickstart/checkpoint
-    python benchmarks/serving.py quickstart/checkpoint --clients 1 8 --requests 8 --rounds 3
-    python benchmarks/serving.py quickstart/checkpoint --quantize       # memory and agreement, no servers
+    python benchmarks/serving.py quickstart/checkpoint --grown --tokens 64 --requests 2
+    python benchmarks/serving.py quickstart/checkpoint --grown --quantize       # memory and agreement
 """
 
 import argparse
 import base64
+import http.client
 import json
 import os
 import socket
@@ -23,6 +27,7 @@ import time
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from machine import describe_machine, print_machine, print_table, show_progress, write_json
 
@@ -34,50 +39,76 @@ from transformers.cli.transformers import main
 register()
 main()
 """
+QUANTIZED = ("8bit", "4bit", "int8")
 QUESTIONS = ["What is in the picture?", "Which number is on the page?", "What color is it?", "How many are there?"]
 
 
-def build_commands(checkpoint: str, ports: dict[str, int], device: str) -> dict[str, list[str]]:
+def build_commands(checkpoint: str, device: str) -> dict[str, list[str]]:
     """How the servers are started: the name of each, and its command."""
-    convllava = str(Path(sys.executable).with_name("convllava"))
+    stock = [sys.executable, "-c", STOCK, "serve", checkpoint, "--host", "127.0.0.1"]
     common = ["--device", device, "--dtype", "float32"]
-    stock = ["serve", checkpoint, "--host", "127.0.0.1", "--port", str(ports["transformers serve"]), *common]
     return {
-        "transformers serve": [sys.executable, "-c", STOCK, *stock],
-        "convllava serve": [convllava, "serve", checkpoint, "--port", str(ports["convllava serve"]), *common],
+        "transformers serve": [*stock, *common],
+        "convllava serve": [*build_command(checkpoint), *common],
     }
 
 
+def build_command(checkpoint: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("convllava")), "serve", checkpoint]
+
+
 @contextmanager
-def run_servers(checkpoint: str, device: str, seconds: float):
-    """Starts both servers, waits until they answer, and stops them; yields the URL of each."""
+def run_servers(commands: dict[str, list[str]], seconds: float):
+    """Starts servers, waits until they answer, and stops them; yields the URL of each and its process."""
     from transformers.image_utils import httpx
 
-    ports = {}
-    for name in ("transformers serve", "convllava serve"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports[name] = free.getsockname()[1]
-    processes = []
+    urls, processes = {}, {}
     with tempfile.TemporaryFile("w+") as log:
         try:
-            for command in build_commands(checkpoint, ports, device).values():
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ)))
+            for name, command in commands.items():
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                urls[name] = f"http://127.0.0.1:{port}"
+                processes[name] = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
             deadline = time.monotonic() + seconds
-            for port in ports.values():
+            for url in urls.values():
                 while True:
                     try:
-                        httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                        httpx.get(f"{url}/health").raise_for_status()
                         break
                     except httpx.HTTPError:
-                        if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
+                        ended = any(process.poll() is not None for process in processes.values())
+                        if ended or time.monotonic() > deadline:
                             log.seek(0)
                             raise RuntimeError(f"a server did not start:\n{log.read()[-3000:]}") from None
                         time.sleep(0.5)
-            yield {name: f"http://127.0.0.1:{port}/v1" for name, port in ports.items()}
+            yield {name: (f"{url}/v1", processes[name]) for name, url in urls.items()}
         finally:
-            for process in processes:
+            for process in processes.values():
                 process.kill()
+                process.wait()
+
+
+def grow(checkpoint: str, folder: str) -> str:
+    """Saves a larger model with random weights and the processor of a checkpoint; returns its folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    from convllava_hf.images import set_image_size
+
+    config, processor = AutoConfig.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.max_position_embeddings = 512, 1408, 8, 2048
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8, 8, 64
+    vision.hidden_sizes, vision.depths = [48, 96, 192, 384, 512], [2, 2, 4, 2, 2]
+    set_image_size(processor.image_processor, 512)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def build_images(count: int, side: int) -> list[str]:
@@ -94,34 +125,50 @@ def build_images(count: int, side: int) -> list[str]:
     return urls
 
 
-def ask(client, checkpoint: str, url: str, question: str, tokens: int) -> tuple[float, float, str]:
-    """Seconds to the first text, seconds, and the answer."""
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    started, first, text = time.perf_counter(), None, ""
-    messages = [{"role": "user", "content": content}]
-    for chunk in client.chat.completions.create(
-        model=checkpoint, messages=messages, max_tokens=tokens, temperature=0, stream=True
-    ):
-        if chunk.choices and chunk.choices[0].delta.content:
-            first = first or time.perf_counter() - started
-            text += chunk.choices[0].delta.content
+def ask(url: str, checkpoint: str, image: str, question: str, tokens: int) -> tuple[float, float, list[bytes]]:
+    """Seconds to the first text, seconds, and the lines of the stream.
+
+    A client of a few calls: OpenAI's takes about as long to read a stream as a small model to write it, on the same
+    cores. The lines are parsed after the round.
+    """
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+    body = {"model": checkpoint, "messages": [{"role": "user", "content": content}], "stream": True}
+    body |= {"max_tokens": tokens, "temperature": 0}
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(target.hostname, target.port, timeout=600)
+    data, first, lines = json.dumps(body), None, []
+    started = time.perf_counter()
+    connection.request("POST", f"{target.path}/chat/completions", data, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"{url} answered {response.status}: {response.read()[:500]}")
+    while line := response.readline():
+        lines.append(line)
+        if first is None and read_text(line):
+            first = time.perf_counter() - started
     seconds = time.perf_counter() - started
-    return first or seconds, seconds, text
+    connection.close()
+    return first or seconds, seconds, lines
+
+
+def read_text(line: bytes) -> str:
+    """The text that a line of a stream adds to the answer."""
+    if not line.startswith(b"data: {"):
+        return ""
+    choices = json.loads(line[6:])["choices"]
+    return (choices[0]["delta"].get("content") or "") if choices else ""
 
 
 def run_round(url: str, checkpoint: str, clients: int, requests: int, images: list[str], follow_up: bool, tokens: int):
-    """One round: seconds for all, and what `ask` gave for each request."""
-    from openai import OpenAI
-
+    """One round: seconds for all, and for each request the seconds to its first text, its seconds and its answer."""
     results, barrier = [None] * (clients * requests), threading.Barrier(clients + 1)
 
     def work(number: int):
-        client = OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
         barrier.wait()
         for turn in range(requests):
             place = number * requests + turn
             image = images[number * requests if follow_up else place]
-            results[place] = ask(client, checkpoint, image, QUESTIONS[turn % len(QUESTIONS)], tokens)
+            results[place] = ask(url, checkpoint, image, QUESTIONS[turn % len(QUESTIONS)], tokens)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
     for thread in threads:
@@ -130,24 +177,25 @@ def run_round(url: str, checkpoint: str, clients: int, requests: int, images: li
     started = time.perf_counter()
     for thread in threads:
         thread.join()
+    seconds = time.perf_counter() - started
     if None in results:
         raise RuntimeError("a request failed; its error is above")
-    return time.perf_counter() - started, results
+    return seconds, [(first, whole, "".join(map(read_text, lines))) for first, whole, lines in results]
 
 
 def compare_servers(options) -> dict:
     """Runs the rounds and prints the tables."""
     most, rows, measured = max(options.clients), [], {}
-    with run_servers(options.checkpoint, options.device, options.start_seconds) as urls:
+    with run_servers(build_commands(options.checkpoint, options.device), options.start_seconds) as servers:
         for clients in options.clients:
             for kind in ("new images", "follow-up"):
-                found = {name: [] for name in urls}
+                found = {name: [] for name in servers}
                 for turn in range(options.rounds + 1):
                     # Every round has pictures that no server has seen, but in the follow-up.
                     wanted = clients * options.requests
                     offset = (turn if kind == "new images" else 0) * most * options.requests
                     images = build_images(offset + wanted, options.side)[offset:]
-                    for name, url in urls.items():
+                    for name, (url, _) in servers.items():
                         show_progress(f"{clients} clients, {kind}, round {turn}: {name}")
                         done = run_round(
                             url, options.checkpoint, clients, options.requests if turn else 1, images,
@@ -184,44 +232,77 @@ def compare_servers(options) -> dict:
 
 
 def compare_quantized(options) -> dict:
-    """Memory of the weights and agreement with float32, without and with the modules that are left as they are."""
-    import torch
-    from transformers.image_utils import load_image
-
-    from convllava_hf.inference.load import load
-    from convllava_hf.registration import register
-
-    register()
-    rows, expected = [], None
-    for quantize in (None, "8bit", "4bit"):
+    """Memory and agreement with float32 of each way to quantise: of the logits, and of a server with `--quantize`."""
+    images, rows, expected = build_images(8, options.side), [], None
+    for quantize in (None, *QUANTIZED):
         show_progress(f"quantize {quantize}")
-        model, processor = load(options.checkpoint, device=options.device, dtype="float32", quantize=quantize)
-        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        logits = []
-        for number, url in enumerate(build_images(8, options.side)):
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[number % 4]}]}],
-                add_generation_prompt=True,
-            )
-            inputs = processor(images=[load_image(url)], text=text, return_tensors="pt").to(model.device)
-            with torch.inference_mode():
-                logits.append(model(**inputs, logits_to_keep=1).logits[0, -1].float())
-        logits = torch.stack(logits)
-        expected = logits if expected is None else expected
-        kept = expected > -999  # ids that only round the vocabulary up
-        cosine = torch.stack(
-            [torch.cosine_similarity(a[k], b[k], dim=0) for a, b, k in zip(logits, expected, kept, strict=True)]
-        )
+        size, logits = compute_logits(options, quantize, images)
+        command = [*build_command(options.checkpoint), "--device", options.device, "--dtype", "float32"]
+        command += ["--quantize", quantize] if quantize else []
+        with run_servers({"server": command}, options.start_seconds) as servers:
+            url, process = servers["server"]
+            _, answered = run_round(url, options.checkpoint, 8, 1, images, False, options.tokens)
+            memory = read_memory(process.pid)
+        answers = [text for *_, text in answered]
+        expected = expected or (logits, answers)
         rows.append(
             {
                 "weights": quantize or "float32",
-                "MiB": f"{size / 2**20:.2f}",
-                "cosine to float32, worst of 8": f"{cosine.min():.5f}",
-                "first tokens equal": f"{(logits.argmax(-1) == expected.argmax(-1)).sum()} of {len(logits)}",
+                "weights, MiB": f"{size / 2**20:.1f}",
+                "process, MiB": f"{memory / 2**20:.0f}",
+                **compare_logits(logits, expected[0]),
+                "answers equal": f"{sum(a == b for a, b in zip(answers, expected[1], strict=True))} of {len(answers)}",
             }
         )
     print_table("Quantised", rows)
     return {"quantized": rows}
+
+
+def compute_logits(options, quantize: str | None, images: list[str]):
+    """Bytes of the weights, and the logits `(I, V)` of the first token of an answer about each image."""
+    import torch
+    from transformers.image_utils import load_image
+
+    from convllava_hf.inference.load import load
+
+    model, processor = load(options.checkpoint, device=options.device, dtype="float32", quantize=quantize)
+    logits = []
+    for number, url in enumerate(images):
+        content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=[load_image(url)], text=text, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            logits.append(model(**inputs, logits_to_keep=1).logits[0, -1].float())
+    return count_bytes(model), torch.stack(logits)
+
+
+def count_bytes(model) -> int:
+    """Bytes of parameters and buffers; what torchao packs is several tensors in one."""
+    tensors, size = [*model.parameters(), *model.buffers()], 0
+    while tensors:
+        tensor = tensors.pop().data
+        if hasattr(tensor, "__tensor_flatten__"):
+            tensors += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            size += tensor.nbytes
+    return size
+
+
+def compare_logits(logits, expected) -> dict[str, str]:
+    import torch
+
+    kept = (expected > -999).all(0)  # not ids that only round the vocabulary up
+    cosine = torch.cosine_similarity(logits[:, kept], expected[:, kept])
+    return {
+        "cosine to float32, worst": f"{cosine.min():.5f}",
+        "first tokens equal": f"{(logits.argmax(-1) == expected.argmax(-1)).sum()} of {len(logits)}",
+    }
+
+
+def read_memory(process: int) -> int:
+    """Bytes that a process keeps for itself (Linux)."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -232,13 +313,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     parser.add_argument("--tokens", type=int, default=16, help="longest answer")
+    parser.add_argument("--grown", action="store_true", help="serve a larger model with random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start-seconds", type=float, default=900.0)
-    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--quantize", action="store_true", help="compare memory and agreement of quantised weights")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     machine = describe_machine(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    measured = compare_quantized(options) if options.quantize else compare_servers(options)
+    from convllava_hf.registration import register
+
+    register()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.grown:
+            options.checkpoint = grow(options.checkpoint, folder)
+        measured = compare_quantized(options) if options.quantize else compare_servers(options)
     print_machine(machine)
     write_json(options.json, json.loads(json.dumps({"machine": machine, "measured": measured})))
 

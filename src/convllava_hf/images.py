@@ -44,8 +44,17 @@ class ImageError(ValueError):
     """An image that cannot be used. The message starts with the image's name: its path, URL or kind."""
 
 
+class ImageTooLargeError(ImageError):
+    """An image with more pixels than the limit."""
+
+
 def load_image(
-    source: ImageSource, timeout: float = 20.0, original_rgb: bool = False, draft: GetSize | None = None
+    source: ImageSource,
+    timeout: float = 20.0,
+    original_rgb: bool = False,
+    draft: GetSize | None = None,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """Reads an image from anywhere and makes plain RGB of it, the same pixels as in every other place.
 
@@ -60,6 +69,8 @@ def load_image(
         draft: let the JPEG decoder shrink a photo by 2, 4 or 8, as long as its longer side keeps that of the size that
             this says, such as an image processor's `get_processed_size`. Faster for photos of at least twice the size,
             and not the same pixels: they are averaged over whole blocks before they are resized.
+        formats: names of Pillow's formats to accept; `None` for all that it reads.
+        max_pixels: most pixels, width times height; `None` for Pillow's limit.
 
     Returns:
         A Pillow image of mode RGB, upright; `source` itself if it is one already.
@@ -70,7 +81,7 @@ def load_image(
     """
     name = _name_image(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name, original_rgb)  # which may be loaded, and is the caller's
+        return _decode(source, name, original_rgb, max_pixels)  # which may be loaded, and is the caller's
     if isinstance(source, bytes | bytearray | memoryview):
         file = BytesIO(source)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -84,17 +95,18 @@ def load_image(
     else:
         raise ImageError(f"{name}: expected a path, a URL, a data URI, bytes or a Pillow image")
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}") from error
+        raise ImageTooLargeError(f"{name}: {error}") from error
     except PermissionError as error:
         raise ImageError(f"{name}: permission denied") from error
     except Exception as error:  # readers of broken headers raise whatever comes of it
-        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+        wanted = f"one of the formats {', '.join(formats)}" if formats else "a format that Pillow reads"
+        raise ImageError(f"{name}: not an image in {wanted}") from error
     with image:
         if draft is not None:
             draft_photo(image, draft(image.height, image.width))
-        return _decode(image, name, original_rgb)
+        return _decode(image, name, original_rgb, max_pixels)
 
 
 def _name_image(source) -> str:
@@ -157,13 +169,14 @@ def _decode_data_uri(uri: str, name: str) -> bytes:
         raise ImageError(f"{name}: broken base64 ({error})") from error
 
 
-def _decode(image: Image.Image, name: str, original_rgb: bool = False) -> Image.Image:
+def _decode(image: Image.Image, name: str, original_rgb: bool, max_pixels: int | None) -> Image.Image:
     """Decodes an opened image and makes it RGB; raises ImageError."""
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ImageError(
+        way_out = "" if max_pixels else ", or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        raise ImageTooLargeError(
             f"{name}: {image.width}x{image.height} pixels are more than the limit of {limit}, a guard against "
-            "decompression bombs; shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"decompression bombs; shrink the image{way_out}"
         )
     try:
         converted = image.convert("RGB") if original_rgb else convert_to_rgb(image)

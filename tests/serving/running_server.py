@@ -2,10 +2,14 @@
 
 import base64
 import socket
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import uvicorn
 from openai import OpenAI
@@ -73,3 +77,47 @@ def start_app(app) -> tuple[uvicorn.Server, threading.Thread, int]:
         assert thread.is_alive()
         time.sleep(0.01)
     return server, thread, listening.getsockname()[1]
+
+
+@contextmanager
+def run_command(command: list, log: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Starts a server as a process of its own, with `--port`, and kills it in the end.
+
+    Yields:
+        The process and its port, as soon as `/health` answers.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def run_front(server: Server) -> Iterator[Server]:
+    """Another server, without a key, in front of one: the way to vLLM and other engines behind ours."""
+    from convllava_hf.serving.backends import RemoteBackend
+    from convllava_hf.serving.server import ServerOptions, build_app
+
+    backend = RemoteBackend(f"{server.url}/v1", "m", KEY, 4_000_000, 64, 8)
+    running, thread, port = start_app(build_app(backend, ServerOptions("front")))
+    try:
+        yield Server(port, backend, server.model, server.processor)
+    finally:
+        running.should_exit = True
+        thread.join(60)

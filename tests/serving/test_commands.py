@@ -3,18 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from running_server import build_data_url
+from running_server import build_data_url, run_command
 from transformers.image_utils import httpx
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
+from convllava_hf.inference.answer import answer
 
 
 CONVLLAVA = Path(sys.executable).with_name("convllava")
@@ -58,45 +58,37 @@ def test_listening_to_everyone_without_a_key_warns(monkeypatch, tmp_path):
     assert "everyone" not in runner.invoke(app, [*arguments, "127.0.0.1"]).output
 
 
+def test_vllm_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["serve", str(tmp_path), "--engine", "vllm"])
+    assert done.exit_code == 3 and "pip install vllm" in done.output
+
+
 @pytest.mark.slow  # a process of its own, which imports everything
-def test_the_command_serves_and_shuts_down_in_good_order(converted, tmp_path, pictures):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_the_command_serves_and_shuts_down_in_good_order(converted, tmp_path, pictures, server):
     log = tmp_path / "log"
-    command = [CONVLLAVA, "serve", converted, "--port", str(port), "--device", "cpu", "--served-model-name", "mine"]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HOME": str(tmp_path / "none")}
-        )
-    try:
-        deadline = time.monotonic() + 600
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.5)
+    command = [CONVLLAVA, "serve", converted, "--device", "cpu", "--dtype", "float32", "--served-model-name", "mine"]
+    with run_command(command, log, {**os.environ, "HF_HOME": str(tmp_path / "none")}) as (process, port):
         url = f"http://127.0.0.1:{port}/v1"
         assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "mine"
         assert httpx.get(f"{url}/models", headers={"Host": "evil.example"}).status_code == 403
 
-        subprocess.run(
-            [
-                sys.executable,
-                Path(__file__).parents[2] / "examples" / "serve_client.py",
-                save(pictures[0], tmp_path),
-                "What secret?",
-                "--url",
-                url,
-            ],
-            check=True,
-            timeout=600,
-        )
+        pictures[0].save(tmp_path / "picture.png")
+        client = [sys.executable, Path(__file__).parents[2] / "examples" / "serve_client.py"]
+        client += [tmp_path / "picture.png", "What secret?", "--url", url]
+        told = subprocess.run(client, capture_output=True, text=True, check=True, timeout=600).stdout
+        assert answer(server.model, server.processor, "What secret?", [pictures[0]], max_new_tokens=4)[:4] in told
         body = json.dumps({"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 4})
         curl = ["curl", "-s", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
         assert json.loads(subprocess.run(curl, capture_output=True, check=True, timeout=60).stdout)["choices"]
+
+        chat = [CONVLLAVA.with_name("transformers"), "chat", "mine", url, "do_sample=False", "max_new_tokens=6"]
+        # The answer is cut, so "Continue generating?" is asked.
+        lines = "Hello?\nn\n!exit\n" + "!exit\n" * 3
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # in its words, a server on loopback is the Hub
+        told = subprocess.run(chat, input=lines, env=environment, capture_output=True, text=True, timeout=600)
+        expected = answer(server.model, server.processor, "Hello?", max_new_tokens=6)
+        assert told.returncode == 0 and expected in " ".join(told.stdout.split()), told.stdout + told.stderr
 
         with httpx.stream(
             "POST",
@@ -107,13 +99,6 @@ def test_the_command_serves_and_shuts_down_in_good_order(converted, tmp_path, pi
             process.send_signal(signal.SIGTERM)
             assert list(response.iter_lines())[-2] == "data: [DONE]", "what is under way ends first"
         assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn hands the signal on when all is done
-    finally:
-        process.kill()
     text = log.read_text()
     assert "Traceback" not in text and "secret" not in text and build_data_url(pictures[0])[30:60] not in text
     assert "POST /v1/chat/completions 200" in text
-
-
-def save(picture, folder: Path) -> Path:
-    picture.save(folder / "picture.png")
-    return folder / "picture.png"

@@ -3,9 +3,11 @@
 import json
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from running_server import KEY, build_content, build_data_url
+from running_server import KEY, build_content, build_data_url, run_front
 from transformers.image_utils import httpx
 
 from convllava_hf.inference.answer import answer
@@ -179,6 +181,10 @@ def test_models_health_and_metrics(server):
 def test_what_transformers_chat_sends_is_understood(server):
     from transformers import GenerationConfig
 
+    # Before anything else it asks for the model to be loaded, without a key.
+    with httpx.stream("POST", f"{server.url}/load_model", json={"model": "any"}) as reply:
+        assert [json.loads(line[6:])["status"] for line in reply.iter_lines() if line] == ["ready"]
+
     config = GenerationConfig(max_new_tokens=3, do_sample=False).to_json_string()
     reply = server.ask(generation_config=config, max_tokens=None)
     assert reply.status_code == 200, reply.text
@@ -220,21 +226,58 @@ def test_a_client_that_leaves_ends_its_answer(server):
 
 def test_an_engine_behind_the_server_gets_checked_requests(server, pictures):
     """The way to vLLM: here another server of ours stands behind the front."""
-    from running_server import Server, start_app
-
-    from convllava_hf.serving.backends import RemoteBackend
-    from convllava_hf.serving.server import ServerOptions, build_app
-
-    backend = RemoteBackend(f"{server.url}/v1", "m", KEY, 4_000_000, 64, 8)
-    running, thread, port = start_app(build_app(backend, ServerOptions("front")))
-    try:
-        front = Server(port, backend, server.model, server.processor)
+    with run_front(server) as front:
         content = build_content("What?", build_data_url(pictures[0]))
         behind, direct = front.ask(content).json(), server.ask(content).json()
         assert (behind["choices"], behind["usage"]) == (direct["choices"], direct["usage"])
-        assert behind["model"] == "front" and backend.waiting == 0
+        assert behind["model"] == "front" and front.backend.waiting == 0
         assert front.ask(n=2).status_code == 400
         assert "the model takes" in front.ask("word " * 20000).json()["error"]["message"]
-    finally:
-        running.should_exit = True
-        thread.join(60)
+
+
+def test_what_is_there_at_the_same_time_is_one_write(server):
+    """Tokens that came while the server was busy go out together; joined, the pieces are the whole answer."""
+    import asyncio
+
+    from convllava_hf.serving.requests import ChatRequest
+
+    engine = server.backend.engine
+
+    async def read():
+        chat = ChatRequest(messages=[{"role": "user", "content": "Hello?"}], max_tokens=8)
+        answer = await server.backend.start(chat, [])
+        while engine.waiting or engine._running:
+            await asyncio.sleep(0.01)
+        return [event async for event in answer.events]
+
+    (event,) = asyncio.run(read())
+    whole = server.ask(max_tokens=8).json()
+    assert event.text == whole["choices"][0]["message"]["content"]
+    assert event.new_tokens == whole["usage"]["completion_tokens"]
+
+
+def test_the_benchmark_of_serving_asks_as_clients_do(server, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import serving
+
+    with run_front(server) as front:
+        images = serving.build_images(2, 64)
+        seconds, results = serving.run_round(f"{front.url}/v1", "m", 2, 1, images, False, 4)
+        for image, (first, whole, text) in zip(images, results, strict=True):
+            direct = server.ask(build_content(serving.QUESTIONS[0], image), max_tokens=4).json()
+            assert text == direct["choices"][0]["message"]["content"]
+            assert 0 < first <= whole <= seconds
+
+
+def test_the_benchmark_of_serving_compares_quantised_weights(converted, monkeypatch):
+    pytest.importorskip("torchao", reason="needs the extra `quantization`")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import serving
+
+    options = SimpleNamespace(checkpoint=str(converted), device="cpu")
+    images = serving.build_images(2, 64)
+    size, expected = serving.compute_logits(options, None, images)
+    smaller, logits = serving.compute_logits(options, "int8", images)
+    assert smaller < size
+    assert float(serving.compare_logits(expected, expected)["cosine to float32, worst"]) == 1
+    assert 0.99 < float(serving.compare_logits(logits, expected)["cosine to float32, worst"]) < 1

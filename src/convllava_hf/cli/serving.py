@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,9 @@ def serve(
         typer.Option(metavar="HOST", help="Fetch images from this host, too; repeat for more.", show_default=False),
     ] = None,
     engine: Annotated[str, typer.Option(metavar="transformers|vllm", help="What runs the model.")] = "transformers",
+    vllm_options: Annotated[
+        str, typer.Option(metavar="TEXT", help="More of `vllm serve`, such as '--tensor-parallel-size 2'.")
+    ] = "",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
@@ -93,7 +97,7 @@ def serve(
         hosts = check_hosts(allow_url or [])
         if engine not in ("transformers", "vllm"):
             raise ValueError(f"--engine {engine}; expected transformers or vllm.")
-        import_serving("serving", "fastapi", "prometheus_client", "pydantic", "uvicorn")
+        import_serving("serving", "prometheus_client", "pydantic", "starlette", "uvicorn")
         from ..serving.backends import LocalBackend
         from ..serving.server import ServerOptions, build_app, is_loopback, run_server
 
@@ -110,8 +114,9 @@ def serve(
                 raise ValueError(
                     "--device, --quantize, --attn-implementation and --runtime belong to --engine transformers."
                 )
-            limits = (max_image_pixels, max_tokens, max_queue)
+            limits = (max_image_pixels, max_tokens, max_queue, shlex.split(vllm_options))
             with run_vllm(checkpoint, dtype, revision, trust_remote_code, *limits) as backend:
+                announce(name, host, port)
                 run_server(build_app(backend, options), host, port)
             return
         loaded = load_engine(
@@ -119,7 +124,7 @@ def serve(
             max_batch=max_batch, batch_seconds=batch_wait, max_queue=max_queue, cache_bytes=image_cache * 2**20,
         )  # fmt: skip
         app = build_app(LocalBackend(loaded, max_image_pixels, max_tokens), options)
-        print(f"{name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
+        announce(name, host, port)
         run_server(app, host, port)
 
 
@@ -162,7 +167,7 @@ def demo(
         for source in (checkpoint, compare):
             if source is not None:
                 check_checkpoint(source)
-        import_serving("demo,serving", "gradio", "fastapi", "pydantic")
+        import_serving("demo,serving", "gradio", "pydantic")
         from ..serving.backends import LocalBackend, RemoteBackend
         from ..serving.demo import MAX_ANSWER, MAX_PIXELS, Model, build_page, launch_page, read_examples
 
@@ -170,7 +175,7 @@ def demo(
         for source in filter(None, (checkpoint, compare)):
             engine = load_engine(source, device, dtype, quantize, attn_implementation, revision, trust_remote_code)
             backend = LocalBackend(engine, MAX_PIXELS, MAX_ANSWER)
-            models.append(Model(source.rstrip("/").rpartition("/")[2], backend))
+            models.append(Model("/".join(source.rstrip("/").split("/")[-2:]), backend))
             examples = examples or read_examples(Path(source).absolute())
         if server is not None:
             models = [Model(server, RemoteBackend(server, "", api_key, MAX_PIXELS, MAX_ANSWER, max_queue=64))]
@@ -226,6 +231,10 @@ def batch(
         answered, failed = answer_rows(answerer, list_rows(source, question, split), output, 4 * max_batch)
         answerer.close()
         print(f"{answered} rows, {failed} of them with an error, in {output}", file=sys.stderr)
+
+
+def announce(name: str, host: str, port: int) -> None:
+    print(f"{name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
 
 
 def load_engine(

@@ -140,15 +140,17 @@ def load(
 
 def _find_unusable(model: PreTrainedModel) -> str | None:
     """Looks for weights that no answer can come of: not finite, or written as another dtype than they are read as."""
-    relabelled = 0
-    matrices = [parameter for parameter in model.parameters() if parameter.is_floating_point() and parameter.ndim > 1]
-    for name, parameter in model.named_parameters():
-        # A sum is not finite where a number is not; of what is quantised or elsewhere nothing is known.
-        if parameter.is_floating_point() and not parameter.is_meta:
-            if not parameter.detach().sum(dtype=torch.float32).isfinite():
-                return f"{name} holds values that are not finite"
-    for parameter in matrices:
-        relabelled += not parameter.is_meta and find_relabelled(parameter.detach()) is not None
+    # Of what is quantised (tensors of other types) or elsewhere nothing is known.
+    known = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if type(parameter) is torch.nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+    }
+    for name, weights in known.items():
+        if not weights.sum(dtype=torch.float32).isfinite():  # as soon as one of its numbers is not
+            return f"{name} holds values that are not finite"
+    matrices = [weights for weights in known.values() if weights.ndim > 1]
+    relabelled = sum(find_relabelled(weights) is not None for weights in matrices)
     return "their numbers look like those of another 16-bit dtype" if relabelled > len(matrices) / 2 else None
 
 

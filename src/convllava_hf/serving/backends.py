@@ -90,6 +90,9 @@ class LocalBackend:
             while event.finish_reason is None and event.error is None:
                 event = await queue.get()
                 let_go()
+                while not queue.empty() and event.finish_reason is None and event.error is None:
+                    more = queue.get_nowait()
+                    event = Event(event.text + more.text, more.finish_reason, more.new_tokens, more.error)
                 yield event
 
         return Answer(len(prompt.input_ids), prompt.image_tokens, read_events(), cancel)
@@ -151,6 +154,7 @@ class RemoteBackend:
         max_pixels, max_tokens: as for `LocalBackend`.
         max_queue: most requests under way.
         budgets: whether that server takes `max_image_tokens`, as ours does.
+        alive: whether that server's process still runs, where it is known.
     """
 
     def __init__(
@@ -162,9 +166,10 @@ class RemoteBackend:
         max_tokens: int,
         max_queue: int,
         budgets: bool = True,
+        alive: Callable[[], bool] = lambda: True,
     ):
         self.model, self.max_pixels, self.max_tokens, self.max_queue = model, max_pixels, max_tokens, max_queue
-        self.budgets, self.waiting, self.healthy = budgets, 0, True
+        self.budgets, self.waiting, self._alive = budgets, 0, alive
         self._client = httpx.AsyncClient(
             base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False
         )
@@ -248,9 +253,12 @@ class RemoteBackend:
         body |= {key: getattr(request, key) for key in ("top_p", "top_k", "seed", "max_image_tokens")}
         return {key: value for key, value in body.items() if value is not None}
 
+    @property
+    def healthy(self) -> bool:
+        return self._alive() and not self._client.is_closed
+
     async def close(self) -> None:
         """Closes the connections."""
-        self.healthy = False
         await self._client.aclose()
 
 

@@ -52,7 +52,7 @@ class BatchAnswerer:
             batch: columns `id`, `question` and `images` (for each row a list of paths, or of the bytes of files).
 
         Returns:
-            Columns `id`, `answer` and `error`: one of the last two is `None` in each row.
+            Columns `id`, `question`, `answer` and `error`: one of the last two is `None` in each row.
         """
         if self._engine is None:
             register()
@@ -75,7 +75,7 @@ class BatchAnswerer:
             answer, error = (None, error) if job_events is None else _collect(job_events)
             answers.append(answer)
             errors.append(error)
-        return {"id": list(batch["id"]), "answer": answers, "error": errors}
+        return {"id": list(batch["id"]), "question": list(batch["question"]), "answer": answers, "error": errors}
 
     def _prepare(self, question: str, images: list[str | bytes], events: SimpleQueue) -> Job:
         processor, prepared = self._engine.processor, []
@@ -182,26 +182,47 @@ def answer_rows(
     Args:
         answerer: answers batches.
         rows: from `list_rows`.
-        output: JSON lines `{"id", "question", "answer", "error"}`. What a killed run left unfinished is cut off.
+        output: see `append_answers`.
         rows_per_batch: rows between two writes.
 
     Returns:
         How many rows were answered now, and how many of them could not be.
     """
-    done = read_done(output)
-    rows = (row for row in rows if json.dumps(row["id"]) not in done)
+    rows = skip_done(rows, output)
+
+    def answer_chunks() -> Iterator[dict[str, list]]:
+        while chunk := list(islice(rows, rows_per_batch)):
+            yield answerer({key: [row[key] for row in chunk] for key in ("id", "question", "images")})
+
+    return append_answers(answer_chunks(), output)
+
+
+def append_answers(batches: Iterable[dict[str, list]], output: Path) -> tuple[int, int]:
+    """Appends answers to a file, each batch as soon as it is there.
+
+    Args:
+        batches: what `BatchAnswerer` returns.
+        output: JSON lines `{"id", "question", "answer", "error"}`.
+
+    Returns:
+        The number of rows, and how many of them have an error.
+    """
     answered = failed = 0
     with output.open("a", encoding="utf-8") as file:
-        while chunk := list(islice(rows, rows_per_batch)):
-            batch = {key: [row[key] for row in chunk] for key in ("id", "question", "images")}
-            result = answerer(batch)
-            for row, answer, error in zip(chunk, result["answer"], result["error"], strict=True):
-                line = {"id": row["id"], "question": row["question"], "answer": answer, "error": error}
+        for batch in batches:
+            for values in zip(*batch.values(), strict=True):
+                line = dict(zip(batch, values, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                answered, failed = answered + 1, failed + (error is not None)
+                answered, failed = answered + 1, failed + (line["error"] is not None)
             file.flush()
             os.fsync(file.fileno())
     return answered, failed
+
+
+def skip_done(rows: Iterable[dict], output: Path) -> Iterator[dict]:
+    """The rows that a file of answers does not hold yet; what a killed run left unfinished there is cut off."""
+    done = read_done(output)
+    return (row for row in rows if json.dumps(row["id"]) not in done)
 
 
 def read_done(output: Path) -> set[str]:

@@ -12,16 +12,17 @@ from PIL import Image
 
 from ..images import load_image
 from .backends import LocalBackend, RemoteBackend
-from .picture import count_operations, draw_boxes, show_cells
+from .picture import count_operations, draw_boxes, name_operations, show_cells
 from .prompts import open_checked, prepare_image
 from .requests import ChatRequest, RequestError
 
 
 MAX_PIXELS = 40_000_000
 MAX_ANSWER = 512
+EXAMPLE_QUESTIONS = ("Which number is on the page?", "How many shapes are there?")
 STYLE = """
 footer {display: none !important}
-.gradio-container {max-width: 1100px !important; margin: auto}
+.gradio-container {max-width: 1200px !important; width: 100% !important; margin: auto}
 @media (max-width: 600px) {.gradio-container {padding: 4px !important}}
 """
 
@@ -118,7 +119,7 @@ def describe_image(model: Model, path: str | None, budget: int | None) -> tuple[
     height, width = image.pixel_values.shape[-2:]
     tower, text = count_operations(engine.model, height, width, image.num_tokens)
     cost = f"**{image.num_tokens} tokens** from {width}x{height} pixels; "
-    cost += f"{tower:.3g} TFLOP in the tower and {text:.3g} in the language model"
+    cost += f"{name_operations(tower)} in the tower and {name_operations(text)} in the language model"
     return show_cells(engine.processor, image.pixel_values, image.num_tokens), cost
 
 
@@ -142,50 +143,70 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
     most = choose_budgets(models[0])
     with gr.Blocks(title="convllava", analytics_enabled=False) as page:
         gr.Markdown(f"### {' and '.join(model.name for model in models)}")
-        # One conversation per model, in the visitor's session.
-        histories = [gr.State([]) for _ in models]
+        # One conversation per model, and the image that is shown, in the visitor's session.
+        histories, shown = [gr.State([]) for _ in models], gr.State(None)
         with gr.Row():
-            chats = [
-                gr.Chatbot(label=model.name, height=420, elem_id=f"chat{number}", buttons=["copy"], min_width=280)
-                for number, model in enumerate(models)
-            ]
-        question = gr.MultimodalTextbox(
-            placeholder="Ask about an image: drop it here, paste it, or press the paper clip",
-            file_count="multiple",
-            file_types=["image"],
-            sources=["upload"],
-            show_label=False,
-            elem_id="question",
-            submit_btn=True,
-        )
-        with gr.Row():
-            again = gr.Button("Regenerate", elem_id="again", min_width=100)
-            stop = gr.Button("Stop", elem_id="stop", min_width=100)
-            clear = gr.Button("Clear", elem_id="clear", min_width=100)
-        budget = gr.Slider(
-            1,
-            most or 1,
-            value=most or 1,
-            step=1,
-            label="Tokens of an image, at most: fewer are faster and see less",
-            visible=most is not None and most > 1,
-            elem_id="budget",
-        )
-        with gr.Accordion("Camera", open=False):
-            camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", height=240)
-        if examples:
-            gr.Examples([[{"text": text, "files": [path]}] for text, path in examples], [question], label="Examples")
-        cost = gr.Markdown(elem_id="cost")
-        with gr.Row():
-            seen = gr.Image(label="As the model sees it", interactive=False, elem_id="seen", height=320, min_width=280)
-            boxes = gr.Image(label="Boxes of the answer", interactive=False, visible=False, elem_id="boxes", height=320)
+            with gr.Column(scale=3, min_width=300):
+                with gr.Row():
+                    chats = [
+                        gr.Chatbot(
+                            label=model.name, height=420, elem_id=f"chat{number}", buttons=["copy"], min_width=260
+                        )
+                        for number, model in enumerate(models)
+                    ]
+                question = gr.MultimodalTextbox(
+                    placeholder="Ask about an image: drop it here, paste it, or press the paper clip",
+                    file_count="multiple",
+                    file_types=["image"],
+                    sources=["upload"],
+                    show_label=False,
+                    elem_id="question",
+                    submit_btn=True,
+                )
+                with gr.Row():
+                    again = gr.Button("Regenerate", elem_id="again", min_width=80)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                    clear = gr.Button("Clear", elem_id="clear", min_width=80)
+                if examples:
+                    rows = [[{"text": text, "files": [path]}] for text, path in examples]
+                    gr.Examples(rows, [question], label="Examples")
+            with gr.Column(scale=2, min_width=300):
+                budget = gr.Slider(
+                    1,
+                    most or 1,
+                    value=most or 1,
+                    step=1,
+                    label="Tokens of an image, at most: fewer are faster and see less",
+                    visible=most is not None and most > 1,
+                    elem_id="budget",
+                )
+                cost = gr.Markdown(elem_id="cost")
+                seen = gr.Image(label="As the model sees it", interactive=False, elem_id="seen", height=320)
+                boxes = gr.Image(
+                    label="Boxes of the answer", interactive=False, visible=False, elem_id="boxes", height=320
+                )
+                with gr.Accordion("Camera", open=False):
+                    camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", height=240)
 
         def limit(value):
             return None if most is None or value >= most else int(value)
 
-        def preview(message, history, value):
-            files = [*(path for old in history for path in old["files"]), *(message or {}).get("files", [])]
-            return describe_image(models[0], files[-1] if files else None, limit(value))
+        def preview(message, history, value, old):
+            """Shows the last image, and takes bad files out of the question. Runs with every key that is pressed."""
+            message = message or {"text": "", "files": []}
+            good = []
+            for path in message["files"]:
+                try:
+                    read_images([path])
+                    good.append(path)
+                except gr.Error as error:
+                    gr.Warning(error.message)
+            path = ([path for told in history for path in told["files"]] + good or [None])[-1]
+            changed = [gr.skip()] * 3
+            if (path, value) != old:
+                changed = [*describe_image(models[0], path, limit(value)), (path, value)]
+            bad = len(good) < len(message["files"])
+            return [{"text": message["text"], "files": good} if bad else gr.skip(), *changed]
 
         def take(message, *kept):
             text, files = (message["text"] or "").strip(), message["files"]
@@ -237,21 +258,22 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
         stop.click(None, cancels=running)
         gr.on(
             [clear.click, *(chat.clear for chat in chats)],  # the chats have a bin of their own
-            lambda: [*([] for _ in histories), *([] for _ in chats), None, "", gr.Image(None, visible=False)],
+            lambda: [*([] for _ in histories), *([] for _ in chats), None, None, "", gr.Image(None, visible=False)],
             None,
-            [*histories, *chats, seen, cost, boxes],
+            [*histories, *chats, shown, seen, cost, boxes],
             cancels=running,
         )
         camera.change(add_photo, [camera, question], question, show_progress="hidden")
         for event in (question.change, budget.release):
-            event(preview, [question, histories[0], budget], [seen, cost], show_progress="hidden")
+            told = [question, seen, cost, shown]
+            event(preview, [question, histories[0], budget, shown], told, show_progress="hidden")
     return page
 
 
 def read_examples(folder: Path) -> list[tuple[str, str]]:
-    """Pictures beside a checkpoint, as the quickstart leaves them in `samples`, with a question for each."""
-    paths = sorted((folder.parent / "samples").glob("*.png")) + sorted((folder.parent / "samples").glob("*.jpg"))
-    return [("What is in the picture?", str(path)) for path in paths[:4]]
+    """Pictures beside a checkpoint, as the quickstart leaves them in `samples`, with questions that it teaches."""
+    paths = sorted((folder.parent / "samples").glob("*.png"))[:3]
+    return [(question, str(path)) for path in paths for question in EXAMPLE_QUESTIONS]
 
 
 def launch_page(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:

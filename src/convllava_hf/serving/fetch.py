@@ -22,17 +22,17 @@ from .requests import RequestError
 
 MAX_REDIRECTS = 3
 PORTS = (None, 80, 443)  # None is the scheme's own
+FETCH_SECONDS = 20.0  # for everything: names, connections, redirects and the body
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-async def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int, timeout: float = 20.0) -> bytes:
+async def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int) -> bytes:
     """The file behind the URL of an image.
 
     Args:
         url: `data:image/...;base64,...`, or `http(s)://` on an allowed host.
         allowed_hosts: names of hosts, in lower case; ports are the scheme's own.
         max_bytes: longest file.
-        timeout: seconds for everything: names, connections, redirects and the body.
 
     Raises:
         RequestError: another kind of URL, a host that is not allowed or has an address that is not public, or a file
@@ -41,9 +41,9 @@ async def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int, 
     if url[:5].lower() == "data:":
         return _decode_data_url(url, max_bytes)
     try:
-        return await asyncio.wait_for(_fetch(url, allowed_hosts, max_bytes), timeout)
+        return await asyncio.wait_for(_fetch(url, allowed_hosts, max_bytes), FETCH_SECONDS)
     except asyncio.TimeoutError:  # noqa: UP041 -- another class in Python 3.10
-        raise RequestError(f"an image could not be fetched within {timeout:g} seconds") from None
+        raise RequestError(f"an image could not be fetched within {FETCH_SECONDS:g} seconds") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         # The text of such an error could describe the network that the server stands in.
         raise RequestError(f"an image could not be fetched ({type(error).__name__})") from None

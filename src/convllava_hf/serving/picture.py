@@ -29,9 +29,9 @@ def show_cells(processor: ProcessorMixin, pixel_values: torch.Tensor, num_tokens
     picture = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
     cell = round((pixels.shape[1] * pixels.shape[2] / num_tokens) ** 0.5)
     draw = ImageDraw.Draw(picture)
-    for x in range(0, picture.width, cell):
+    for x in (*range(0, picture.width, cell), picture.width - 1):
         draw.line([(x, 0), (x, picture.height)], fill=(255, 96, 0))
-    for y in range(0, picture.height, cell):
+    for y in (*range(0, picture.height, cell), picture.height - 1):
         draw.line([(0, y), (picture.width, y)], fill=(255, 96, 0))
     return picture
 
@@ -70,6 +70,14 @@ def count_operations(model: PreTrainedModel, height: int, width: int, num_tokens
     attention = 4 * text.num_hidden_layers * text.hidden_size * num_tokens**2
     tower = _count_tower(model.config.vision_config.to_json_string(use_diff=False), height, width)
     return tower / 1e12, (2 * parameters * num_tokens + attention) / 1e12
+
+
+def name_operations(tera: float) -> str:
+    """A number of TFLOP in words, in the largest unit that leaves a number of at least 0.1."""
+    for unit, scale in (("TFLOP", 1), ("GFLOP", 1e3)):
+        if tera * scale >= 0.1:
+            return f"{tera * scale:.3g} {unit}"
+    return f"{tera * 1e6:.3g} MFLOP"
 
 
 @lru_cache(maxsize=256)

@@ -30,8 +30,11 @@ class RequestError(Exception):
     """
 
     def __init__(self, message: str, status: int = 400, kind: str = "invalid_request_error"):
-        super().__init__(message)
+        super().__init__(message, status, kind)  # all that it is made of, so that it travels between processes
         self.status, self.kind = status, kind
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class _Strict(BaseModel):

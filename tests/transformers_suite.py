@@ -5,8 +5,9 @@ downloaded once, with pip and the index that pip is configured with, into `.cach
 repository, and the suites are imported from there under the package name `transformers_tests`. Where it cannot be had
 (no network, no pip, a development version), `import_suite` skips the importing test module and says why.
 
-The sdist lacks some modules that the suites import. What stands in for them is supplied here: generation and export are
-left out, and the pictures that the suites would download are drawn.
+The sdist lacks some modules that the suites import. Its suites of generation and export are only in a checkout:
+`TRANSFORMERS_TESTS` names the folder `tests` of one, of about the installed version. Without it, empty classes stand in
+for them. The pictures that the suites would download are drawn.
 """
 
 import importlib
@@ -32,6 +33,12 @@ SUITES = (
     "test_processing_common",
     "test_training_mixin",
 )
+# What only a checkout has: a module and the classes that are imported from it.
+LEFT_OUT = (
+    ("exporters.test_export", "ExportTesterMixin", "ExportGenerateTesterMixin"),
+    ("generation.test_utils", "GenerationTesterMixin"),
+)
+CHECKOUT = os.environ.get("TRANSFORMERS_TESTS")
 DOWNLOAD_SECONDS = 120
 
 
@@ -118,7 +125,7 @@ def supply_module(name: str, **attributes) -> None:
 
 
 def import_suite(name: str) -> ModuleType:
-    """Imports one of `SUITES`, or skips the test module that calls this if the suites cannot be had."""
+    """Imports one of `SUITES` or `LEFT_OUT`, or skips the test module that calls this if the suites cannot be had."""
     try:
         folder = get_suites()
     except SuiteUnavailable as error:
@@ -128,8 +135,11 @@ def import_suite(name: str) -> ModuleType:
         )
     if PACKAGE not in sys.modules:
         sys.path.insert(0, str(folder))
-        supply_module(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
-        supply_module(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+        if CHECKOUT:
+            importlib.import_module(PACKAGE).__path__.append(CHECKOUT)
+        else:
+            for suite, *mixins in LEFT_OUT:
+                supply_module(f"{PACKAGE}.{suite}", **{mixin: type(mixin, (), {}) for mixin in mixins})
         supply_module(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs={})
         supply_module("fetch_hub_objects_for_ci", url_to_local_path=draw_picture)
     return importlib.import_module(f"{PACKAGE}.{name}")

@@ -15,6 +15,8 @@ from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, Con
 ConfigTester = import_suite("test_configuration_common").ConfigTester
 modeling_suite = import_suite("test_modeling_common")
 TrainingTesterMixin = import_suite("test_training_mixin").TrainingTesterMixin
+GenerationTesterMixin = import_suite("generation.test_utils").GenerationTesterMixin
+ExportGenerateTesterMixin = import_suite("exporters.test_export").ExportGenerateTesterMixin
 
 
 class ConvLlavaModelTester:
@@ -75,8 +77,12 @@ class ConvLlavaModelTester:
         }
 
 
-class ConvLlavaModelTest(modeling_suite.ModelTesterMixin, unittest.TestCase):
+class ConvLlavaModelTest(
+    GenerationTesterMixin, ExportGenerateTesterMixin, modeling_suite.ModelTesterMixin, unittest.TestCase
+):
     all_model_classes = (ConvLlavaModel, ConvLlavaForConditionalGeneration)
+    all_generative_model_classes = (ConvLlavaForConditionalGeneration,)
+    test_torch_exportable = True
     _is_composite = True
 
     def setUp(self):
@@ -91,9 +97,6 @@ class ConvLlavaModelTest(modeling_suite.ModelTesterMixin, unittest.TestCase):
 
     def test_get_image_features_attentions(self):
         self.skipTest("a convolutional tower has no attentions")
-
-    def test_generation_tester_mixin_inheritance(self):
-        self.skipTest("transformers' suite of generation is in no release")
 
     def test_sdpa_can_dispatch_non_composite_models(self):
         self.skipTest("the model is composite; test_sdpa_can_dispatch_composite_models runs in its place")

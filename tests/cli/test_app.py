@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import typer
@@ -20,6 +21,7 @@ from convllava_hf.cli.app import app
 from convllava_hf.cli.environment import describe_environment
 from convllava_hf.cli.options import QUIET_ENVIRONMENT, CheckFailed, MachineError, report_errors
 from convllava_hf.cli.training import spell_as_trl
+from convllava_hf.shipped import read_titles
 
 
 def run(*arguments, **settings):
@@ -104,12 +106,54 @@ def test_no_line_of_help_is_cut_off():
         assert arguments == [] or arguments == ["data"] or "--quiet" in out
 
 
+# These stream, serve, or write a file whose path the caller gave.
+NO_REPORT = {"train", "chat", "serve", "demo", "batch", "eval", "eval-report", "eval-convert", "ground"}
+
+
+def list_commands() -> dict[str, list[str]]:
+    """The words of every command -> its options."""
+    from typer.main import get_command
+
+    found = {}
+    for name, command in get_command(app).commands.items():
+        for group, inner in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {group}".strip()] = [option for parameter in inner.params for option in parameter.opts]
+    return found
+
+
+def test_every_command_takes_quiet_and_those_that_report_take_json():
+    commands = list_commands()
+    assert commands.keys() > NO_REPORT and len(commands) >= 28
+    assert not [name for name, options in commands.items() if "--quiet" not in options]
+    assert not [name for name, options in commands.items() if "--json" not in options and name not in NO_REPORT]
+
+
 def test_doctor_and_info_and_plan_and_recipe_report_in_json(checkpoint):
     checks = json.loads(run("doctor", checkpoint, "--json")[1])["checks"]
     assert len(checks) >= 9 and not any(check["problem"] for check in checks)
-    assert json.loads(run("info", checkpoint, "--json")[1])
+    assert json.loads(run("info", checkpoint, "--json")[1])["parts"].keys() == {
+        "vision tower",
+        "projector",
+        "language model",
+    }
     plan = json.loads(run("plan", checkpoint, "--stage", 3, "--json")[1])
     assert plan["stage"] == 3 and {part["part"] for part in plan["parts"]} >= {"projector", "language model"}
+    recipes = json.loads(run("recipe", "--json")[1])["recipes"]
+    assert recipes == read_titles("recipe") and "tiny_cpu_stage1" in recipes
+    file = json.loads(run("recipe", "tiny_cpu_stage1", "--json")[1])["path"]
+    shown = json.loads(run("recipe", "tiny_cpu_stage1", "--show", "--json")[1])
+    assert shown == {"path": file, "text": Path(file).read_text()}
+    assert json.loads(run("data", "mixtures", "--json")[1]) == {"mixtures": read_titles("mixture")}
+
+
+def test_what_failed_is_on_stdout_as_json_and_the_error_on_stderr(checkpoint):
+    (checkpoint / "modeling_convllava.py").write_text("# other code\n")
+    code, out, err = run("doctor", checkpoint, "--json")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("error: 1 of")
+    assert [check["name"] for check in json.loads(out)["checks"] if check["problem"]] == [
+        "code files are those of the installed version"
+    ]
+    assert run("info", checkpoint / "nothing", "--json")[:2] == (3, "")
 
 
 def test_quiet_leaves_errors_alone(checkpoint, monkeypatch):

@@ -8,11 +8,8 @@ import sys
 HEAVY = ["torch", "torchvision", "transformers", "timm", "peft", "trl"]
 FIRST = {
     "a class by its name on transformers": "import transformers; transformers.ConvLlavaForConditionalGeneration",
-    "a configuration by its model type": "from transformers import AutoConfig; AutoConfig.for_model('convllava')",
     "a processor by its name": "from transformers.models.auto import processing_auto;"
     "assert processing_auto.processor_class_from_name('ConvLlavaProcessor')",
-    "an image processor by its name": "from transformers.models.auto import image_processing_auto;"
-    "assert image_processing_auto.get_image_processor_class_from_name('ConvLlavaImageProcessorPil')",
     "the module of the processor": "import convllava_hf.model.processing_convllava",
     "a model, with transformers imported before": "convllava_hf.ConvLlavaModel",
 }

@@ -1,6 +1,8 @@
 """The pages of docs/: they build as a site without a broken link, and their pictures are what the script draws."""
 
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,27 @@ def test_every_page_is_in_the_navigation():
 
 def test_links_that_leave_the_pages_become_names():
     assert load("site").on_page_markdown("[cards](../model_cards) [data](data.md)") == "`model_cards` [data](data.md)"
+
+
+def test_commands_of_the_pages_parse():
+    from typer.main import get_command
+
+    from convllava_hf.cli.app import app
+
+    group, count = get_command(app), 0
+    parent = group.make_context("convllava", ["ask"])
+    for page in sorted(DOCS.glob("*.md")):
+        text = "".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["convllava"] or "..." in words or "--install-completion" in words:
+                continue
+            command, _ = group.commands[words[1]], words.pop(0)
+            if words[0] == "data":
+                command, _ = command.commands[words[1]], words.pop(0)
+            command.make_context(words[0], words[1:], parent=parent)  # raises, or ends the process, where it is wrong
+            count += 1
+    assert count >= 60
 
 
 def test_exit_codes_are_the_commands_own():

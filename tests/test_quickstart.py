@@ -4,7 +4,10 @@ import importlib
 import json
 import os
 import random
+import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +150,27 @@ def test_the_report_shows_wrong_answers_or_says_that_there_are_none(tmp_path):
     report.write_report(str(tmp_path / "many.html"), results, losses, [], samples * 50)
     assert (tmp_path / "many.html").read_text().count('class="wrong"') == 10
     assert f"transformers {transformers.__version__}" in text and "processor cores" in text
+
+
+def test_the_report_fits_a_phone(tmp_path):
+    """In a frame of 390 pixels, which tells how wide its content is, also of a page that is too wide."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    report = importlib.import_module("report")
+    results, losses, samples = make_results()
+    page, wide = tmp_path / "report.html", tmp_path / "wide.html"
+    report.write_report(str(page), results, losses, samples * 4, samples)
+    wide.write_text(page.read_text() + '<p style="width: 400px">wide')
+    frame = '<iframe src="{}" style="width:390px;border:0" onload="{}"></iframe>'
+    width = "this.contentDocument.documentElement.scrollWidth"
+    frames = "".join(frame.format(file.name, f"document.title += ' ' + {width}") for file in (page, wide))
+    (tmp_path / "frames.html").write_text(frames)
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, str(tmp_path / "frames.html")], capture_output=True, text=True, timeout=120)
+    widths = sorted(map(int, re.search("<title>(.*)</title>", done.stdout)[1].split()))
+    assert widths[0] == 390 and widths[1] > 390
 
 
 def test_the_running_mean_is_a_mean_and_ticks_are_round(tmp_path):

@@ -56,6 +56,15 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
+def test_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures
+    for path in pictures:
+        assert (ROOT / path).stat().st_size < 150_000, path
+        with Image.open(ROOT / path) as picture:
+            picture.verify()
+
+
 def test_extras_and_files_exist():
     setup = (ROOT / "setup.cfg").read_text()
     for extra in re.findall(r"\.\[([\w,-]+)\]", README):

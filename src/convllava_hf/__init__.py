@@ -1,13 +1,13 @@
 """ConvLLaVA, native to Hugging Face: high-resolution images in few visual tokens.
 
-Importing this package registers its classes with transformers' Auto classes. Names load on first use.
+Importing this package tells transformers' Auto classes of its own. Names load on first use.
 """
 
 import importlib
 import logging
-import sys
 from importlib.metadata import version
-from pathlib import Path
+
+from .registration import announce
 
 
 __version__ = version("convllava_hf")
@@ -31,6 +31,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name].startswith("model."):
+        importlib.import_module(".model.modeling_convllava", __name__)  # which registers the classes
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
@@ -43,8 +45,4 @@ def __dir__():
 for _name in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-# The command line registers inside its commands, so that `convllava --help` answers before torch has loaded.
-if Path(sys.argv[0] if sys.argv else "").name not in ("convllava", "convllava.exe"):
-    from .registration import register
-
-    register()
+announce()

@@ -40,12 +40,17 @@ def find_file(kind: str, name: str | Path) -> Path:
     raise FileNotFoundError(f"no {kind} {str(name)!r}; expected a YAML file or one of: {', '.join(known)}.")
 
 
+def read_titles(kind: str) -> dict[str, str]:
+    """Name of a file -> the comment that it begins with."""
+    texts = {name: file.read_text(encoding="utf-8") for name, file in list_files(kind).items()}
+    return {name: text.split("\n", 1)[0].lstrip("# ") for name, text in texts.items()}
+
+
 def list_titles(kind: str) -> str:
     """A line for each file: its name, and the comment that it begins with."""
-    known = list_files(kind)
-    width = max(map(len, known))
-    titles = [file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in known.values()]
-    return "\n".join(f"{name:{width}}  {title}" for name, title in zip(known, titles, strict=True))
+    titles = read_titles(kind)
+    width = max(map(len, titles))
+    return "\n".join(f"{name:{width}}  {title}" for name, title in titles.items())
 
 
 def list_chat_templates() -> dict[str, Path]:

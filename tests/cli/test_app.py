@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import typer
@@ -20,6 +21,7 @@ from convllava_hf.cli.app import app
 from convllava_hf.cli.environment import describe_environment
 from convllava_hf.cli.options import QUIET_ENVIRONMENT, CheckFailed, MachineError, report_errors
 from convllava_hf.cli.training import spell_as_trl
+from convllava_hf.shipped import read_titles
 
 
 def run(*arguments, **settings):
@@ -32,6 +34,21 @@ def run(*arguments, **settings):
 @pytest.fixture
 def checkpoint(tmp_path):
     return save_tiny_checkpoint(tmp_path / "model")
+
+
+# These stream, serve, or write a file whose path the caller gave.
+NO_REPORT = {"train", "chat", "serve", "demo", "batch", "eval-report", "eval-convert"}
+
+
+def list_commands() -> dict[str, list[str]]:
+    """The words of every command -> its options."""
+    from typer.main import get_command
+
+    found = {}
+    for name, command in get_command(app).commands.items():
+        for group, inner in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {group}".strip()] = [option for parameter in inner.params for option in parameter.opts]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -94,22 +111,48 @@ def test_the_codes_are_in_the_help():
 
 
 def test_no_line_of_help_is_cut_off():
-    commands = [entry.name or entry.callback.__name__.replace("_", "-") for entry in app.registered_commands]
-    for arguments in ([], ["data"], *([name] for name in commands)):
-        code, out, _ = run(*arguments, "--help", terminal_width=80)
+    """Of 80 columns; only commands to copy are longer."""
+    for name in ("", "data", *list_commands()):
+        code, out, _ = run(*name.split(), "--help", terminal_width=80)
         assert code == 0
         listed = out.partition("Commands:")[2].splitlines()
-        assert not [line for line in listed if line.endswith("...")], out
-        assert listed or arguments not in ([], ["data"])
-        assert arguments == [] or arguments == ["data"] or "--quiet" in out
+        assert bool(listed) == (name in ("", "data")) and not [line for line in listed if line.endswith("...")], out
+        assert not [line for line in out.splitlines() if len(line) > 80 and not line.startswith("    ")], out
+
+
+def test_every_command_takes_quiet_and_those_that_report_take_json():
+    commands = list_commands()
+    assert commands.keys() > NO_REPORT and len(commands) >= 28
+    assert not [name for name, options in commands.items() if "--quiet" not in options]
+    assert not [name for name, options in commands.items() if "--json" not in options and name not in NO_REPORT]
 
 
 def test_doctor_and_info_and_plan_and_recipe_report_in_json(checkpoint):
     checks = json.loads(run("doctor", checkpoint, "--json")[1])["checks"]
     assert len(checks) >= 9 and not any(check["problem"] for check in checks)
-    assert json.loads(run("info", checkpoint, "--json")[1])
+    assert json.loads(run("info", checkpoint, "--json")[1])["parts"].keys() == {
+        "vision tower",
+        "projector",
+        "language model",
+    }
     plan = json.loads(run("plan", checkpoint, "--stage", 3, "--json")[1])
     assert plan["stage"] == 3 and {part["part"] for part in plan["parts"]} >= {"projector", "language model"}
+    recipes = json.loads(run("recipe", "--json")[1])["recipes"]
+    assert recipes == read_titles("recipe") and "tiny_cpu_stage1" in recipes
+    file = json.loads(run("recipe", "tiny_cpu_stage1", "--json")[1])["path"]
+    shown = json.loads(run("recipe", "tiny_cpu_stage1", "--show", "--json")[1])
+    assert shown == {"path": file, "text": Path(file).read_text()}
+    assert json.loads(run("data", "mixtures", "--json")[1]) == {"mixtures": read_titles("mixture")}
+
+
+def test_what_failed_is_on_stdout_as_json_and_the_error_on_stderr(checkpoint):
+    (checkpoint / "modeling_convllava.py").write_text("# other code\n")
+    code, out, err = run("doctor", checkpoint, "--json")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("error: 1 of")
+    assert [check["name"] for check in json.loads(out)["checks"] if check["problem"]] == [
+        "code files are those of the installed version"
+    ]
+    assert run("info", checkpoint / "nothing", "--json")[:2] == (3, "")
 
 
 def test_quiet_leaves_errors_alone(checkpoint, monkeypatch):

@@ -65,6 +65,25 @@ def test_build_check_and_show(files, checkpoint, tmp_path):
     assert code == 0 and "depends on a checkpoint" in page.source and "Größe 日本 😀 <i>&amp;</i>" in page.text
 
 
+def test_reports_in_json(files, checkpoint, tmp_path):
+    """Nothing but the object is on stdout; what it says is what the files say."""
+    output, page = tmp_path / "out", tmp_path / "page.html"
+    given = ["--llava-json", files / "bad.json", "--image-root", files, "--on-error", "skip", "--json"]
+    done = CliRunner().invoke(app, ["data", "build", *map(str, given), "--output", str(output)])
+    built = json.loads(done.stdout)
+    assert done.exit_code == 0 and built.pop("output") == str(output), done.output
+    assert built == json.loads((output / "build_report.json").read_text())
+    assert built["totals"]["written"] == 2 and [bad["row"] for bad in built["bad_rows"]] == [2]
+    done = CliRunner().invoke(app, ["data", "show", str(output), "--output", str(page), "--json"])
+    assert json.loads(done.stdout) == {"output": str(page), "rows": 2, "left_out": 1}
+    done = CliRunner().invoke(app, ["data", "check", str(output), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["totals"]["read"] == 2
+    short = ["--model", str(checkpoint), "--max-length", "20"]
+    done = CliRunner().invoke(app, ["data", "check", str(output), *short, "--json"])
+    assert done.exit_code == 1 and len(json.loads(done.stdout)["bad_rows"]) == 2
+    assert done.stderr.splitlines()[-1].startswith("error: 2 bad rows")
+
+
 def test_bad_input_is_named_in_one_line(files, tmp_path):
     one, bad, output = files / "one.json", files / "bad.json", tmp_path / "out"
     for arguments, error in (

@@ -296,5 +296,9 @@ def test_commands(tmp_path):
     arguments = ["--base", folder / "base", "--target", tmp_path / "merged", "--output"]
     result = run("make-delta", *arguments, tmp_path / "delta")
     assert result.exit_code == 0 and "all but 0 values" in result.stdout, result.output
+    for command, source, key in (("apply-delta", "--delta", "delta"), ("make-delta", "--target", "merged")):
+        output = tmp_path / f"{command}-json"
+        result = run(command, "--base", folder / "base", source, tmp_path / key, "--output", output, "--json")
+        assert json.loads(result.stdout)["output"] == str(output), result.output
     wrong = run("make-delta", *arguments, folder / "base")
     assert wrong.exit_code == 3 and wrong.stderr.count("\n") == 1 and "overlap" in wrong.stderr

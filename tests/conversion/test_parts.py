@@ -146,13 +146,16 @@ def test_projectors_that_do_not_fit(checkpoint, other_projector, tmp_path):
 
 def test_commands(checkpoint, adapter, tmp_path):
     run = CliRunner().invoke
-    assert run(app, ["merge", str(adapter[0]), "--output", str(tmp_path / "merged")]).exit_code == 0
-    done = run(app, ["extract-projector", str(tmp_path / "merged"), "--output", str(tmp_path / "mm_projector.bin")])
-    assert done.exit_code == 0 and "mm_projector.bin" in done.output
-    arguments = ["--projector", str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "new")]
-    assert run(app, ["insert-projector", str(checkpoint), *arguments]).exit_code == 0
+    done = run(app, ["merge", str(adapter[0]), "--output", str(tmp_path / "merged"), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == {"output": str(tmp_path / "merged")}, done.output
+    file, output = str(tmp_path / "mm_projector.bin"), str(tmp_path / "new")
+    done = run(app, ["extract-projector", str(tmp_path / "merged"), "--output", file, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == {"output": file}, done.output
+    done = run(app, ["insert-projector", str(checkpoint), "--projector", file, "--output", output, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == {"output": output}, done.output
     merged, new = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "new"))
     name = "model.multi_modal_projector.linear_2.weight"
     assert torch.equal(merged[name], new[name])
     shutil.rmtree(tmp_path / "new")
-    assert run(app, ["insert-projector", str(checkpoint), *arguments[:1], "nowhere.bin", *arguments[2:]]).exit_code == 3
+    wrong = ["--projector", "nowhere.bin", "--output", output]
+    assert run(app, ["insert-projector", str(checkpoint), *wrong]).exit_code == 3

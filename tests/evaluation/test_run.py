@@ -241,10 +241,11 @@ def test_rescore_needs_the_predictions_alone(evaluated, tmp_path):
     output.mkdir()
     for name in ("run.json", "predictions.jsonl"):
         (output / name).write_bytes((evaluated / name).read_bytes())
-    result = run(app, ["eval", "--rescore", str(output)])
+    result = run(app, ["eval", "--rescore", str(output), "--json"])
     assert result.exit_code == 0, result.output
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (output, evaluated))
     assert found["numbers"] == expected["numbers"]
+    assert json.loads(result.stdout) == {"output": str(output), **found}
 
 
 def test_a_folder_of_another_checkpoint_is_refused(evaluated, converted, questions, tmp_path):

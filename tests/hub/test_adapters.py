@@ -78,7 +78,7 @@ def test_info_and_doctor_know_an_adapter(adapter, base):
     info = describe_checkpoint(adapter)
     assert info.kind == "PEFT adapter (LORA, r 4, lora_alpha 8)" and info.base == str(base)
     assert set(info.parts) == {"projector", "language model"} and info.recipe == "tiny" and not info.memory
-    assert str(base) in info.summary() and "PEFT adapter" in info.to_json()
+    assert str(base) in info.summary() and info.kind.startswith("PEFT adapter")
     assert not find_problems(adapter)
     edit_weights(adapter, lambda w: w[min(w)].fill_(float("inf")))
     assert "values are finite" in find_problems(adapter)

@@ -18,11 +18,13 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import constants
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from convllava_hf.checkpoints.code_files import HUB_FILES
 from convllava_hf.checkpoints.reading import CheckpointReader
 from convllava_hf.checkpoints.staging import MANIFEST
 from convllava_hf.checkpoints.weight_maps import ConversionError
+from convllava_hf.cli.app import app
 from convllava_hf.hub.client import HubError, describe_error
 from convllava_hf.hub.doctor import check_checkpoint
 from convllava_hf.hub.pull import pull_checkpoint
@@ -174,6 +176,21 @@ def test_dry_run_lists_what_would_change_and_changes_nothing(hub, checkpoint, tm
     text = push_checkpoint(checkpoint, REPO, dry_run=True).summary()
     assert "would push 1 file(s)" in text and f"{(checkpoint / 'model.safetensors').stat().st_size:,}" in text
     assert len(hub.read_repo(REPO)["commits"]) == count
+
+
+def test_the_commands_report_in_json(hub, checkpoint, tmp_path):
+    run = CliRunner().invoke
+    planned = run(app, ["push", str(checkpoint), REPO, "--dry-run", "--json"])
+    report = json.loads(planned.stdout)
+    assert report["repo_id"] == REPO and report["url"] is None
+    assert all(request.method == "GET" for request in hub.requests)
+    assert {change["change"] for change in report["changes"]} == {"new"}
+    pushed = json.loads(run(app, ["push", str(checkpoint), REPO, "--json"]).stdout)
+    assert pushed["url"] and pushed["changes"] == report["changes"]
+    pulled = run(app, ["pull", REPO, "--output", str(tmp_path / "there"), "--json"])
+    assert json.loads(pulled.stdout) == {"output": str(tmp_path / "there"), "base": None}
+    missing = run(app, ["pull", "someone/other", "--json"])
+    assert missing.exit_code == 3 and missing.stdout == "" and "error: " in missing.stderr
 
 
 def test_private_branch_pull_request_and_message(hub, checkpoint, monkeypatch):

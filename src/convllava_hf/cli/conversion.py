@@ -11,7 +11,7 @@ from .options import (
     RevisionOption,
     ShardOption,
     StoredDtypeOption,
-    print_json,
+    print_report,
     report_errors,
 )
 
@@ -80,9 +80,9 @@ def convert(
             force=force,
         )
         if keep_adapter:
-            print_json({"output": report}) if as_json else print(f"wrote {report}")
+            print_report(as_json, {"output": report}, f"wrote {report}")
         else:
-            print_json({"output": report.output, **report.content}) if as_json else print(report.summary())
+            print_report(as_json, {"output": report.output, **report.content}, report.summary())
 
 
 def init(
@@ -146,4 +146,4 @@ def init(
             force=force,
             seed=seed,
         )
-        print_json({"output": report.output, **report.content}) if as_json else print(report.summary())
+        print_report(as_json, {"output": report.output, **report.content}, report.summary())

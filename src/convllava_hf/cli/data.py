@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .commands import CommandGroup
-from .options import CheckFailed, report_errors
+from .options import CheckFailed, JsonOption, print_report, report_errors
 
 
 data_app = typer.Typer(
@@ -97,6 +97,7 @@ def build(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset, or another unfinished build.")] = False,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Build a dataset for training from LLaVA-format JSON: parquet with messages and images, and a report.
 
@@ -142,8 +143,8 @@ def build(
             holdout=holdout,
             force=force,
         )
-        print(report.summary())
-        print(f"wrote {output}; look at it: convllava data show {output} --out page.html")
+        text = f"{report.summary()}\nwrote {output}; look at it: convllava data show {output} --out page.html"
+        print_report(as_json, {"output": output, **report.to_dict()}, text)
 
 
 @data_app.command()
@@ -154,6 +155,7 @@ def check(
     image_size: ImageSizeOption = None,
     max_length: LengthOption = None,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Check every row of a built dataset; exit code 1 where one is bad.
 
@@ -167,7 +169,7 @@ def check(
 
         processor = load_processor(model, image_size, trust_remote_code)
         report = check_dataset(folder, verify=verify, processor=processor, max_length=max_length)
-        print(report.summary())
+        print_report(as_json, report.to_dict(), report.summary())
         if report.bad_rows:
             raise CheckFailed(f"{len(report.bad_rows)} bad rows in {folder}; build it again without them.")
 
@@ -188,6 +190,7 @@ def show(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice.")] = 0,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Show rows as a web page: images, also as the model sees them, the prompt, and which tokens carry loss.
 
@@ -205,16 +208,17 @@ def show(
         numbers = None if rows is None else parse_rows(rows)
         shown, left_out = write_page(folder, out, count, seed, processor, numbers, split)
         more = f", and {left_out} that were left out" if left_out else ""
-        print(f"wrote {shown} rows{more} to {out}")
+        report = {"output": out, "rows": shown, "left_out": left_out}
+        print_report(as_json, report, f"wrote {shown} rows{more} to {out}")
 
 
 @data_app.command()
-def mixtures():
+def mixtures(as_json: JsonOption = False):
     """List the mixtures of the original trainings."""
     with report_data_errors():
-        from ..shipped import list_titles
+        from ..shipped import list_titles, read_titles
 
-        print(list_titles("mixture"))
+        print_report(as_json, {"mixtures": read_titles("mixture")}, list_titles("mixture"))
 
 
 def parse_rows(text: str) -> list[int]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ForceOption, OutputOption, ShardOption, report_errors
+from .options import ForceOption, JsonOption, OutputOption, ShardOption, print_report, report_errors
 
 
 BaseOption = Annotated[str, typer.Option(metavar="SOURCE", help="LLaMA: Hub id or folder.", show_default=False)]
@@ -26,6 +26,7 @@ def apply_delta(
     delta_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the delta.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Merge a released delta with its LLaMA, exactly.
 
@@ -50,7 +51,7 @@ def apply_delta(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print(report.summary())
+        print_report(as_json, {"output": report.output, **report.content}, report.summary())
 
 
 def make_delta(
@@ -62,6 +63,7 @@ def make_delta(
     target_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the checkpoint.")] = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Take the LLaMA off a checkpoint: the inverse of apply-delta.
 
@@ -84,4 +86,4 @@ def make_delta(
             max_shard_size=max_shard_size,
             force=force,
         )
-        print(report.summary())
+        print_report(as_json, {"output": report.output, **report.content}, report.summary())

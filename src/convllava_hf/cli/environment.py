@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from .options import JsonOption, print_json, report_errors
+from .options import JsonOption, print_report, report_errors
 
 
 PACKAGES = (
@@ -32,12 +32,8 @@ def environment(as_json: JsonOption = False):
     """
     with report_errors():
         described = describe_environment()
-        if as_json:
-            print_json(described)
-        else:
-            width = max(map(len, described))
-            for name, value in described.items():
-                print(f"{name:{width}}  {value}")
+        width = max(map(len, described))
+        print_report(as_json, described, "\n".join(f"{name:{width}}  {value}" for name, value in described.items()))
 
 
 def describe_environment() -> dict[str, str]:

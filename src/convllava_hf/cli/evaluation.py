@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .ask import DtypeOption, ImageTokensOption, QuantizeOption, RuntimeOption, TrustOption, load_model
-from .options import RevisionOption, report_errors
+from .options import JsonOption, RevisionOption, print_json, print_report, report_errors
 
 
 QuestionsOption = Annotated[
@@ -78,6 +78,7 @@ def evaluate(
     review_kind: Annotated[str, typer.Option(metavar="NAME", help="text, visual, bench or llavar.")] = "visual",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Ask a checkpoint the questions of a benchmark and score the answers, by the original's rule and by ours.
 
@@ -97,7 +98,7 @@ def evaluate(
         from ..evaluation import run
 
         if rescore is not None:
-            report(run.rescore(rescore, questions, annotations), rescore)
+            report(run.rescore(rescore, questions, annotations), rescore, as_json)
             return
         if (checkpoint is None) == (server is None):
             raise ValueError("give either a checkpoint, or --server URL (or --rescore DIR).")
@@ -155,7 +156,7 @@ def evaluate(
             judge=judge,
         )
         if rank == 0:
-            report(results, output)
+            report(results, output, as_json)
             if failed := results["problems"].get("requests that failed"):
                 raise ValueError(f"{failed['count']} requests failed and are not scored; the same command asks again.")
 
@@ -182,8 +183,11 @@ def review_answers(url, model, questions, references, context, kind, limit, pred
     return judge_answers(Judge(connect(url), output / "judge_replies.jsonl"), built, output)
 
 
-def report(results: dict, folder: Path) -> None:
+def report(results: dict, folder: Path, as_json: bool) -> None:
     print_problems(results["problems"])
+    if as_json:
+        print_json({"output": folder, **results})
+        return
     print_numbers(results["numbers"])
     if "judge" in results:
         print("judge:", ", ".join(f"{value} {name}" for name, value in results["judge"].items() if value != []))
@@ -347,6 +351,7 @@ def ground(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Image to write.", show_default=False)],
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Draw the box that a model gives for a description. Prints it in pixels of the image.
 
@@ -367,4 +372,5 @@ def ground(
             raise ValueError(f"the model gave no box but {text!r}; it may not have learned to.")
         placed = place_box(box, picture.height, picture.width)
         draw_boxes(picture, {"#d42a20": placed}).save(out)
-        print(f"{[round(float(number), 1) for number in placed]}  {out}")
+        sides = [round(float(number), 1) for number in placed]
+        print_report(as_json, {"output": out, "box": sides}, f"{sides}  {out}")

@@ -1,11 +1,12 @@
 """`convllava export`."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from .ask import TrustOption
-from .options import OutputOption, RevisionOption, report_errors
+from .options import JsonOption, OutputOption, RevisionOption, print_report, report_errors
 
 
 def add_export_command(app: typer.Typer) -> None:
@@ -22,6 +23,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that holds an export.")] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ):
     """Take a checkpoint to another runtime: ONNX Runtime, OpenVINO, a web page, llama.cpp.
 
@@ -42,4 +44,4 @@ def export(
 
         register()
         report = export_checkpoint(checkpoint, to, output, quantize, force, revision, trust_remote_code)
-        print(report.summary())
+        print_report(as_json, asdict(report), report.summary())

@@ -1,17 +1,17 @@
 """The commands around the Hub: `convllava push`, `pull`, `info` and `doctor`."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import CheckFailed, ForceOption, JsonOption, print_json, report_errors
+from .options import CheckFailed, ForceOption, JsonOption, RevisionOption, print_report, report_errors
 
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint.", show_default=False)]
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub.", show_default=False)]
-RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
 
 
 def add_hub_commands(app: typer.Typer) -> None:
@@ -42,6 +42,7 @@ def push(
         bool, typer.Option("--delete-other-code", help="Delete *.py of the repository that are not this package's.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files, sizes and what would change.")] = False,
+    as_json: JsonOption = False,
 ):
     """Publish a checkpoint on the Hub in one commit.
 
@@ -70,7 +71,10 @@ def push(
             delete_other_code=delete_other_code,
             dry_run=dry_run,
         )
-        print(report.summary())
+        changes = [
+            {"name": name, "change": change, "bytes": size} for name, (change, size) in sorted(report.changes.items())
+        ]
+        print_report(as_json, {**asdict(report), "changes": changes}, report.summary())
 
 
 def pull(
@@ -81,6 +85,7 @@ def pull(
     ] = None,
     revision: RevisionOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Fetch a checkpoint, checked by the Hub's hashes.
 
@@ -97,10 +102,10 @@ def pull(
         from ..hub.pull import pull_checkpoint
 
         folder = pull_checkpoint(repo_id, output, revision, force=force)
+        base = read_adapter(folder).base if is_adapter(folder) else None
         if is_adapter(folder):
-            base = read_adapter(folder).base or "BASE"
-            print(f"an adapter of {base}: convllava merge {folder} --output DIR joins them", file=sys.stderr)
-        print(folder)
+            print(f"an adapter of {base or 'BASE'}: convllava merge {folder} --output DIR joins them", file=sys.stderr)
+        print_report(as_json, {"output": folder, "base": base}, str(folder))
 
 
 def info(
@@ -123,7 +128,7 @@ def info(
         from ..hub.info import describe_checkpoint
 
         described = describe_checkpoint(source, revision)
-        print(described.to_json() if as_json else described.summary())
+        print_report(as_json, asdict(described), described.summary())
 
 
 def doctor(folder: FolderArgument, as_json: JsonOption = False):
@@ -142,9 +147,10 @@ def doctor(folder: FolderArgument, as_json: JsonOption = False):
 
         register()
         checks = check_checkpoint(folder)
-        if as_json:
-            print_json({"checks": [{"name": check.name, "problem": check.problem} for check in checks]})
-        for check in [] if as_json else checks:
-            print(f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}")
+        lines = [
+            f"{'wrong' if check.problem else 'ok':6} {check.name}{f': {check.problem}' if check.problem else ''}"
+            for check in checks
+        ]
+        print_report(as_json, {"checks": [asdict(check) for check in checks]}, "\n".join(lines))
         if wrong := sum(check.problem is not None for check in checks):
             raise CheckFailed(f"{wrong} of {len(checks)} checks of {folder} found something wrong.")

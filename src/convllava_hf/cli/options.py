@@ -37,7 +37,7 @@ OutputOption = Annotated[
 StoredDtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file; also bounds the memory.")]
 RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output folder that holds a model.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output folder that convllava-hf made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -85,6 +85,11 @@ def report_errors() -> Iterator[None]:
 
 def print_error(error: Exception | str) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def print_report(as_json: bool, report: object, text: str) -> None:
+    """Prints what a command did: as `print_json`, or as text for people."""
+    print_json(report) if as_json else print(text)
 
 
 def print_json(report: object) -> None:

@@ -12,6 +12,7 @@ from .options import (
     ShardOption,
     StoredDtypeOption,
     print_json,
+    print_report,
     report_errors,
 )
 
@@ -77,16 +78,18 @@ def spell_as_trl(arguments: list[str]) -> list[str]:
 def recipe(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Of a recipe.", show_default=False)] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe instead of its path.")] = False,
+    as_json: JsonOption = False,
 ):
     """List the recipes, or print the path of one (for `trl sft --config`)."""
     with report_errors():
-        from ..shipped import find_file, list_titles
+        from ..shipped import find_file, list_titles, read_titles
 
         if name is None:
-            print(list_titles("recipe"))
+            print_report(as_json, {"recipes": read_titles("recipe")}, list_titles("recipe"))
         else:
             file = find_file("recipe", name)
-            print(file.read_text(encoding="utf-8") if show else file)
+            text = file.read_text(encoding="utf-8")
+            print_report(as_json, {"path": file, **({"text": text} if show else {})}, text if show else str(file))
 
 
 def plan(
@@ -198,6 +201,7 @@ def merge(
     ] = None,
     dtype: StoredDtypeOption = "auto",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Make one checkpoint of a base model and an adapter.
 
@@ -212,7 +216,8 @@ def merge(
         from ..registration import register
 
         register()
-        print(f"wrote {merge_adapter(adapter, output, base=base, dtype=dtype, force=force)}")
+        path = merge_adapter(adapter, output, base=base, dtype=dtype, force=force)
+        print_report(as_json, {"output": path}, f"wrote {path}")
 
 
 def extract_projector(
@@ -222,6 +227,7 @@ def extract_projector(
         Path, typer.Option("--output", "-o", metavar="FILE", help=".safetensors, or .bin as LLaVA's mm_projector.bin.")
     ],
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: JsonOption = False,
 ):
     """Take the projector out of a checkpoint, for example after stage 1.
 
@@ -232,7 +238,8 @@ def extract_projector(
     with report_errors():
         from ..conversion.parts import extract_projector
 
-        print(f"wrote {extract_projector(source, output, force=force)}")
+        path = extract_projector(source, output, force=force)
+        print_report(as_json, {"output": path}, f"wrote {path}")
 
 
 def insert_projector(
@@ -244,6 +251,7 @@ def insert_projector(
     output: OutputOption,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ):
     """Copy a checkpoint with another projector in it.
 
@@ -255,4 +263,4 @@ def insert_projector(
         from ..conversion.parts import insert_projector
 
         path = insert_projector(checkpoint, projector, output, max_shard_size=max_shard_size, force=force)
-        print(f"wrote {path}")
+        print_report(as_json, {"output": path}, f"wrote {path}")

@@ -457,8 +457,7 @@ def _finish(report: DataReport, names: set[str], work: Path, output: Path, force
                 path.unlink()
         if not any((work / split).iterdir()):
             (work / split).rmdir()
-    described = {**asdict(report), "lengths": report.percentiles, "totals": report.totals}
-    _write_json(work / REPORT, described)
+    _write_json(work / REPORT, report.to_dict())
     if output.exists() and force:
         shutil.rmtree(output)
     os.rename(work, output)

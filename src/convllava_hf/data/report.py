@@ -1,7 +1,7 @@
 """What became of the rows of a dataset, as counts, and by name where something is wrong with them."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .rows import EXCERPT, BadRow
@@ -64,6 +64,10 @@ class DataReport:
             while shares and seen >= shares[0] * total:
                 found[f"{shares.pop(0):.0%}"] = length
         return found
+
+    def to_dict(self) -> dict:
+        """All of it, for files and programs."""
+        return {**asdict(self), "lengths": self.percentiles, "totals": self.totals}
 
     def summary(self, most: int = 20) -> str:
         """The counts per source, the lengths, and the first bad rows, as text."""

@@ -4,13 +4,12 @@ No weights are read: of a repository on the Hub a few kilobytes per weight file 
 checkpoint runs.
 """
 
-import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +56,7 @@ class CheckpointInfo:
         chat_template: name of the template, `"its own"` or `None`.
         recipe: that it was trained with, if its card says.
         provenance: a line per source.
-        code: code file -> state, see `registration.list_code_files`.
+        code: code file -> state, see `checkpoints.code_files.list_code_files`.
     """
 
     name: str
@@ -74,9 +73,6 @@ class CheckpointInfo:
     recipe: str | None = None
     provenance: list[str] = field(default_factory=list)
     code: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     def summary(self) -> str:
         """A few lines for people."""

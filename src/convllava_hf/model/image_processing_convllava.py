@@ -55,7 +55,8 @@ class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
             (`native` only).
         max_image_tokens (`int`): larger images are shrunk to at most this many tokens (`native` only). Default: the
             tokens of `size`.
-        max_upscale (`float`): no side is enlarged by more than this factor, except to fill one cell (`native` only).
+        max_upscale (`float`): small images are enlarged to at most this many times their size, or to one cell where
+            that is more (`native` only).
         original_rgb (`bool`): make images RGB as the original does, by Pillow's `convert("RGB")`: what transparency
             hides is seen, 16-bit values are clipped, and the EXIF orientation is ignored. Default: see
             [`convert_to_rgb`].

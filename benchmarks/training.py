@@ -39,7 +39,7 @@ from machine import describe_machine, print_machine, print_table, show_progress,
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
-from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, ProgressCallback
+from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, PrinterCallback, ProgressCallback
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTTrainer
 
@@ -223,7 +223,8 @@ def build_trainer(
     trainer = cls(
         model=model, processing_class=processor, train_dataset=rows, eval_dataset=eval_dataset, args=arguments
     )
-    trainer.remove_callback(ProgressCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     return trainer
 
 

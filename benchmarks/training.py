@@ -5,6 +5,10 @@
 - Gradients with and without recomputation are compared on a small tower, bit by bit.
 - Batches: rows per second, and the share of tokens that are padding, for random batches of `SFTTrainer` and for ours,
   on rows with 7% text only and lengths as in LLaVA's instructions (log-normal), images padded to squares or native.
+- Without padding: the same rows joined to one per batch. With flash attention where that is installed, else with eager
+  attention, whose block-diagonal mask covers all tokens of the batch.
+- Evaluation: seconds of the loss, and of answering questions (`eval_generate`), beside those of training steps.
+- Memory: what `convllava plan --memory` plays against what the allocator was asked for in a real step.
 - Cache: stage 3 with the features of the frozen tower from the disk, the first time and later, against images.
 - Workers: time to prepare a batch against the time of its step, as floats and as bytes.
 
@@ -15,6 +19,7 @@
 import argparse
 import copy
 import io
+import itertools
 import os
 import random
 import statistics
@@ -33,12 +38,15 @@ from datasets import Dataset, Features, Image, List, Value
 from machine import describe_machine, print_machine, print_table, show_progress, write_json
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, ProgressCallback
+from torch.profiler import ProfilerActivity, profile
+from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, PrinterCallback, ProgressCallback
+from transformers.utils import is_flash_attn_2_available
 from trl import SFTTrainer
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaImageProcessor, ConvLlavaProcessor
 from convllava_hf.model.modeling_convllava import CHECKPOINTED_BLOCKS, ConvLlavaModel, set_trainable
 from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.memory import play_step, run_step
 from convllava_hf.training.plans import get_trainable
 from convllava_hf.training.trainer import ConvLlavaTrainer
 
@@ -188,7 +196,9 @@ def make_rows(count: int, side: int) -> Dataset:
     return Dataset.from_dict({"messages": messages, "images": images}, features=features)
 
 
-def build_trainer(options, variant: str, rows: Dataset, folder: str, stage: int = 2, **changes):
+def build_trainer(
+    options, variant: str, rows: Dataset, folder: str, stage: int = 2, eval_dataset: Dataset | None = None, **changes
+):
     """A trainer: "stock" is TRL's with transformers' blocks, "ours" ours; both train what the stage trains."""
     model, processor = build_parts(options, changes.pop("aspect", "pad"))
     set_trainable(model, get_trainable(model.config, stage))
@@ -210,8 +220,11 @@ def build_trainer(options, variant: str, rows: Dataset, folder: str, stage: int 
         **changes,
     )
     cls = SFTTrainer if variant == "stock" else ConvLlavaTrainer
-    trainer = cls(model=model, processing_class=processor, train_dataset=rows, args=arguments)
-    trainer.remove_callback(ProgressCallback)
+    trainer = cls(
+        model=model, processing_class=processor, train_dataset=rows, eval_dataset=eval_dataset, args=arguments
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     return trainer
 
 
@@ -259,6 +272,138 @@ def measure_training(options, rows: Dataset) -> list[dict]:
         }
         rows_out.append(row if peak is None else {**row, "peak, GB": f"{peak / 1e9:.2f}"})
     return rows_out
+
+
+def measure_joined(options, rows: Dataset) -> list[dict]:
+    """Rows of the table of batches without padding: the same steps with padded and with joined rows, by turns."""
+    attention = "flash_attention_2" if is_flash_attn_2_available() else "eager"
+    variants = {(order, kind): [] for order in ("random batches", "grouped") for kind in ("padded", "without padding")}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.repeats + 1):
+            for (order, kind), values in variants.items():
+                show_progress(f"{order}, {kind}: round {turn} of {options.repeats}")
+                grouped = order == "grouped"
+                trainer = build_trainer(options, "ours", rows, folder, group_by_modality_length=grouped)
+                trainer.model.set_attn_implementation(attention)
+                trainer.data_collator.padding_free = kind == "without padding"
+                start = time.perf_counter()
+                trainer.train()
+                if turn:
+                    values.append(time.perf_counter() - start)
+            if turn == 0:
+                shapes = {
+                    order: measure_lengths_of_batches(options, rows, folder, grouped=order == "grouped")
+                    for order in ("random batches", "grouped")
+                }
+    table, base = [], None
+    for (order, kind), values in variants.items():
+        seconds = statistics.median(values)
+        base = base or seconds
+        tokens, places, pairs, joined_pairs = shapes[order]
+        is_joined = kind == "without padding"
+        table.append(
+            {
+                "batches": f"{order}, {kind}",
+                "attention": attention,
+                "rows/s": f"{options.steps * options.batch / seconds:.2f}",
+                "of the first": f"{base / seconds:.2f}",
+                "tokens per step": f"{(tokens if is_joined else places) / options.steps:.0f}",
+                "padding": f"{0 if is_joined else 1 - tokens / places:.1%}",
+                "cells of masks per step": f"{(joined_pairs if is_joined else pairs) / options.steps:.2e}",
+            }
+        )
+    return table
+
+
+def measure_lengths_of_batches(options, rows: Dataset, folder: str, grouped: bool) -> tuple[int, int, int, int]:
+    """Tokens, places of the padded batches, and cells of the masks of padded and of joined rows, over all steps."""
+    trainer = build_trainer(options, "ours", rows, folder, group_by_modality_length=grouped)
+    tokens = places = pairs = joined_pairs = 0
+    for step, batch in enumerate(trainer.get_train_dataloader()):
+        if step == options.steps:
+            break
+        count, length = batch["attention_mask"].shape
+        inside = batch["attention_mask"].sum().item()
+        tokens, places = tokens + inside, places + count * length
+        pairs, joined_pairs = pairs + count * length**2, joined_pairs + inside**2
+    return tokens, places, pairs, joined_pairs
+
+
+def measure_evaluation(options, rows: Dataset) -> list[dict]:
+    """Rows of the table of evaluation: seconds for the loss of 8 batches, alone and with answers."""
+    held_out = rows.select(range(8 * options.batch))
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for answers in (0, 8, 32):
+            show_progress(f"evaluation, {answers} answers")
+            changes = {"eval_strategy": "steps", "eval_generate": answers, "per_device_eval_batch_size": options.batch}
+            trainer = build_trainer(options, "ours", rows, folder, eval_dataset=held_out, **changes)
+            start = time.perf_counter()
+            trainer.train()
+            step = (time.perf_counter() - start) / options.steps
+            times = []
+            for _ in range(options.repeats):
+                start = time.perf_counter()
+                trainer.evaluate()
+                times.append(time.perf_counter() - start)
+            seconds = statistics.median(times)
+            table.append(
+                {
+                    "answers": answers,
+                    "s": f"{seconds:.2f}",
+                    "training steps in that time": f"{seconds / step:.1f}",
+                    "of a run that evaluates every 200 steps": f"{seconds / (seconds + 200 * step):.1%}",
+                }
+            )
+    return table
+
+
+def measure_memory(options) -> list[dict]:
+    """Rows of the table of memory: a played step against a real one, in float32 on one process, per stage."""
+    table = []
+    for stage in (1, 2, 3):
+        for recompute in (True, False):
+            show_progress(f"memory, stage {stage}")
+            model, _ = build_parts(options, "pad")
+            patterns = get_trainable(model.config, stage)
+            tokens, count = 512, options.batch
+            settings = {"rows": count, "tokens": tokens, "image_size": options.side}
+            played = play_step(model.config, patterns, **settings, bf16=False, recompute=recompute)
+            set_trainable(model.train(), patterns)
+            model.gradient_checkpointing_enable() if recompute else model.gradient_checkpointing_disable()
+            optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+            run_step(model, torch.rand(count, 3, options.side, options.side, device=options.device), tokens)
+            optimizer.step()
+            states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+            held = [
+                *model.parameters(),
+                *(weight.grad for weight in model.parameters() if weight.requires_grad),
+                *states,
+            ]
+            held = sum(tensor.nbytes for tensor in held)
+            activations = measure_peak(model, options, tokens)
+            row = {"stage": stage, "recomputed": "yes" if recompute else "no"}
+            row["weights, gradients, moments: plan, MiB"] = f"{(played.total - played.activations) / MEBIBYTE:.2f}"
+            row["real, MiB"] = f"{held / MEBIBYTE:.2f}"
+            row["activations: plan, MiB"] = f"{played.activations / MEBIBYTE:.1f}"
+            row["real at the peak, MiB"] = f"{activations / MEBIBYTE:.1f}"
+            row["plan of real"] = f"{played.activations / activations:.3f}"
+            table.append(row)
+    return table
+
+
+def measure_peak(model, options, tokens: int) -> int:
+    """The most bytes that a step takes beside what is there before it."""
+    shape = (options.batch, 3, options.side, options.side)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_step(model, torch.rand(shape, device="cuda"), tokens)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run_step(model, torch.rand(shape), tokens)
+    sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
 
 
 def measure_cache(options) -> list[dict]:
@@ -347,26 +492,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps per measurement (20)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds after one to warm up (3)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the last variant (1)")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="PART",
+        choices=["activations", "collator", "batches", "without", "evaluation", "memory", "cache"],
+        help="parts to measure; default: all",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables to this file")
     options = parser.parse_args(arguments)
 
     machine = describe_machine(torch.get_num_threads())
-    activations = measure_activations(options.sides, "all") + measure_activations(options.sides, "stage 2")
-    difference = compare_gradients()
-    rows = make_rows(max(4, options.steps) * options.batch, options.side)
-    collator = measure_collator(options, rows)
-    training = measure_training(options, rows)
-    cache = measure_cache(options)
-    show_progress("")
+    rows = make_rows(max(8, options.steps) * options.batch, options.side)
+    parts = {
+        ACTIVATIONS: lambda: measure_activations(options.sides, "all") + measure_activations(options.sides, "stage 2"),
+        "Collator": lambda: measure_collator(options, rows),
+        "Batches": lambda: measure_training(options, rows),
+        "Without padding": lambda: measure_joined(options, rows),
+        "Evaluation": lambda: measure_evaluation(options, rows),
+        "Memory": lambda: measure_memory(options),
+        "Cache": lambda: measure_cache(options),
+    }
+    results = {}
     print("# Training")
-    print_table(ACTIVATIONS, activations)
-    print(f"\nLargest difference between gradients with and without recomputation: {difference}")
-    print_table("Batches", training)
-    print_table("Collator", collator)
-    print_table("Cache", cache)
+    for title, measure in parts.items():
+        if title.split()[0].lower() in options.only or not options.only:
+            results[title] = measure()
+            show_progress("")
+            print_table(title, results[title])
+    if not options.only or "activations" in options.only:
+        results["gradients"] = compare_gradients()
+        print(f"\nLargest difference between gradients with and without recomputation: {results['gradients']}")
     print_machine(machine)
-    tables = {"activations": activations, "gradients": difference, "batches": training, "collator": collator}
-    write_json(options.json, {"machine": machine, **tables, "cache": cache})
+    write_json(options.json, {"machine": machine, **results})
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def test_training_compares_every_variant(load, capsys, tmp_path):
         "stage 2",
     ]
     assert len(read_table(text, "Batches")) == 5 and len(read_table(text, "Collator")) == 2
-    assert len(read_table(text, "Cache")) == 3
+    assert len(read_table(text, "Cache")) == 3 and len(read_table(text, "Without padding")) == 4
+    assert [row["answers"] for row in read_table(text, "Evaluation")] == ["0", "8", "32"]
+    assert len(read_table(text, "Memory")) == 6
     assert json.loads(file.read_text())["gradients"] == 0.0
 
 

@@ -99,17 +99,19 @@ def test_gradients_equal_those_of_padded_rows(family, make_trainer):
 def test_training_without_padding_ends_in_the_same_weights(cached, make_trainer, models, tmp_path):
     settings = {"trainable": ["multi_modal_projector", "language_model"]}
     settings |= {"vision_cache": str(tmp_path / "features")} if cached else {}
-    logs, weights = [], []
+    logs, weights, evaluated = [], [], []
     for joined in (False, True):
         trainer = make_trainer(joined=joined, **settings)
         trainer.train()
         trainer.save_model(str(tmp_path / str(joined)))
         weights.append(load_file(tmp_path / str(joined) / "model.safetensors"))
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        evaluated.append(None if cached else trainer.evaluate(make_rows(7))["eval_loss"])
     before = load_file(models["convllava"] / "model.safetensors")
     assert any((weights[0][name] - before[name]).abs().max() > 1e-4 for name in before)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=0, msg=name)
+    assert cached or evaluated[1] == pytest.approx(evaluated[0], rel=1e-4)
     for padded, joined in zip(*logs, strict=True):
         assert joined["padding"] == 0 < padded["padding"]
         assert joined["loss"] == pytest.approx(padded["loss"], rel=1e-4)

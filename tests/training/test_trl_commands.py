@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List, Value
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import make_png, save_rows, save_tiny_llava
 
@@ -27,11 +27,9 @@ COLUMNS = {
     "rloo": ["prompt", "solution"],
     "distillation": ["prompt"],
 }
-SETTINGS = {
-    "grpo": ["--reward_funcs", "odd_rewards.count_odd", "--num_generations", "4", "--max_completion_length", "6"],
-    "rloo": ["--reward_funcs", "odd_rewards.count_odd", "--num_generations", "4", "--max_completion_length", "6"],
-    "distillation": ["--max_completion_length", "6"],
-}
+GENERATING = ("grpo", "rloo", "distillation")  # they take no batch of rows with images and rows without
+REWARDED = ["--reward_funcs", "odd_rewards.count_odd", "--num_generations", "2", "--max_completion_length", "6"]
+SETTINGS = {"grpo": REWARDED, "rloo": REWARDED, "distillation": ["--max_completion_length", "6"]}
 REWARD = """
 def count_odd(completions, **_):
     return [float(sum(ord(letter) % 2 for letter in answer[0]["content"])) for answer in completions]
@@ -49,10 +47,10 @@ def say(role: str, text: str, images: int = 0) -> dict:
 
 
 def make_rows(command: str) -> Dataset:
-    """Rows for a command: one image, two of other shapes, and none, by turns."""
-    rows = []
+    """Rows for a command: one image, two of other shapes, and, but for those that generate, none, by turns."""
+    rows, counts = [], (1, 2) if command in GENERATING else (1, 2, 0)
     for number in range(12):
-        count = (1, 2, 0)[number % 3]
+        count = counts[number % len(counts)]
         question, right = say("user", f"Question {number}?", count), say("assistant", f"Answer {number}.")
         columns = {
             "messages": [question, right],
@@ -118,7 +116,7 @@ def test_recipe_moves_the_language_model_and_nothing_else(command, models, save_
 @pytest.mark.parametrize("family", ["convllava", "llava"])
 @pytest.mark.parametrize("command", COLUMNS)
 def test_command_runs_without_the_package(command, family, models, save_data, tmp_path):
-    """In a process that cannot import this package; rows of one image, of two and of none."""
+    """In a process that cannot import this package; rows of one image, of two, and of none where TRL takes them."""
     (tmp_path / "convllava_hf.py").write_text("raise ImportError('blocked')")
     (tmp_path / "odd_rewards.py").write_text(REWARD)
     arguments = [str(Path(sys.executable).parent / "trl"), command, "--model_name_or_path", str(models[family])]
@@ -129,8 +127,6 @@ def test_command_runs_without_the_package(command, family, models, save_data, tm
         save = {"convllava": save_tiny_checkpoint, "llava": save_tiny_llava}[family]
         teacher = save(tmp_path / "teacher")
         weights = load_file(teacher / "model.safetensors")
-        from safetensors.torch import save_file
-
         noisy = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in weights.items()}
         save_file(noisy, teacher / "model.safetensors", metadata={"format": "pt"})
         arguments += ["--teacher_model_name_or_path", str(teacher)]

@@ -167,8 +167,8 @@ def plan(
         for part, trainable, frozen, num_bytes in rows:
             print(f"{part:{width}}  {trainable:>15,}  {frozen:>15,}  {num_bytes / 1e9:>8.3f}")
         print(
-            f"\nGB: weights, and gradients and both moments of AdamW where trained, all in {dtype}; activations come "
-            "on top. Sharding (FSDP2, ZeRO-3) divides it by the number of GPUs.\n\nIn a recipe:"
+            f"\nGB: weights, and gradients and both moments of AdamW where trained, all in {dtype}; --memory adds "
+            "activations. Sharding (FSDP2, ZeRO-3) divides it by the number of GPUs.\n\nIn a recipe:"
         )
         listed = f"[{', '.join(map(repr, patterns))}]".replace("\\\\", "\\")
         # Other classes do not take `trainable`; `convllava train` freezes them by the trainer's own argument.

@@ -47,7 +47,7 @@ def describe_start(trainer: Trainer) -> str:
         "images": f"{height} pixels a side" if height else "as the checkpoint prepares them",
         "longest row": f"about {trainer.longest_row:,} tokens" if trainer.longest_row else "not measured",
         "cut at": f"{args.max_length:,} tokens" if args.max_length else "nothing is cut",
-        "memory": f"{states / 1e9:.3g} GB per process for weights, gradients and moments; activations come on top",
+        "memory": f"{states / 1e9:.3g} GB per process without activations, which `convllava plan --memory` adds",
         "output": args.output_dir,
     }
     if rows:

@@ -84,7 +84,8 @@ def test_of_a_convllava_the_language_model_goes_and_the_rest_is_named(converted,
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"text_config": {"model_type": "phi"}}, "'phi' cannot go to gguf"),
+        ({"text_config": {"model_type": "bloom"}}, "'bloom' cannot go to gguf"),
+        ({"text_config": {"model_type": "stablelm", "qk_layernorm": True}}, "qk_layernorm"),
         ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "yarn"),
         ({"model_type": "llava", "vision_config": {"model_type": "dinov2"}}, "dinov2"),
         (
@@ -105,7 +106,7 @@ def test_what_llama_cpp_does_not_know_is_refused_by_its_config(stored, message):
 TEXT = "USER: What is in the image? ASSISTANT:"
 NEW_TOKENS = 12
 # Of natural logarithms of probabilities. llama.cpp computes GELU by a table in 16 bits.
-TOLERANCE = 1e-2
+TOLERANCE = 2.5e-2
 
 
 class LlamaCpp:
@@ -180,7 +181,17 @@ def measure_difference(ours: list[torch.Tensor], theirs: list[tuple[int, dict[in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["convllava", "llava_v1_5", "llava_v0_delta", "llavar", "tinyllava_llama"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "convllava",
+        "llava_v1_5",
+        "llava_v0_delta",
+        "llavar",
+        "tinyllava_llama",
+        "tinyllava_stablelm",
+    ],
+)
 def test_llama_cpp_continues_text_as_the_checkpoint_does(convert_family, converted, family, tmp_path):
     register()
     checkpoint = converted if family == "convllava" else convert_family(family)
@@ -203,8 +214,9 @@ def ask_about_an_image(folder, checkpoint) -> tuple:
 
 
 @pytest.mark.slow
-def test_llama_cpp_reads_an_image_through_siglip_as_the_checkpoint_does(convert_family, tmp_path):
-    checkpoint = convert_family("tinyllava_llama")
+@pytest.mark.parametrize("family", ["tinyllava_llama", "tinyllava_stablelm"])
+def test_llama_cpp_reads_an_image_through_siglip_as_the_checkpoint_does(convert_family, family, tmp_path):
+    checkpoint = convert_family(family)
     assert "missing" not in export_checkpoint(checkpoint, "gguf", tmp_path / "out").summary()
     model, inputs, theirs = ask_about_an_image(tmp_path / "out", checkpoint)
     assert measure_difference(generate(model, inputs), theirs) < TOLERANCE

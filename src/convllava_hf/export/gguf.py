@@ -3,7 +3,8 @@
 llama.cpp knows LLaVA's towers, CLIP and SigLIP, and no ConvNeXt: of a ConvLLaVA the language model alone can go.
 Everything is written in float32; llama.cpp's own `llama-quantize` makes it smaller.
 
-Source of the layout: ggml-org/llama.cpp, `conversion/llama.py`, `tools/mtmd/clip.cpp` (`clip_graph_llava`).
+Source of the layout: ggml-org/llama.cpp, `conversion/` (`llama.py`, `stablelm.py`), `tools/mtmd/clip.cpp` and
+`tools/mtmd/models/llava.cpp`.
 """
 
 import json
@@ -15,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from ..checkpoints.weight_maps import ConversionError
 
 
-# The language models that llama.cpp computes by its architecture `llama`, with what our files say about them.
-TEXT_MODELS = ("llama", "mistral")
+# Language models and what llama.cpp calls their architecture.
+TEXT_MODELS = {"llama": "llama", "mistral": "llama", "stablelm": "stablelm"}
 # By tower: its activation where the configuration names none, and which of its features llama.cpp projects.
 TOWERS = {"clip_vision_model": ("quick_gelu", "default"), "siglip_vision_model": ("gelu_pytorch_tanh", "full")}
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
@@ -70,6 +71,8 @@ def check_gguf(stored: dict) -> None:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConversionError(f"rope_parameters={rope} cannot go to gguf; expected rope_type 'default'.")
+    if text.get("qk_layernorm"):
+        raise ConversionError("text_config.qk_layernorm=True cannot go to gguf; expected False.")
     if stored.get("model_type") != "llava":
         return
     tower = vision.get("model_type")
@@ -99,7 +102,8 @@ def write_gguf(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) 
         Bytes of each file, and what is missing, in a sentence.
 
     Raises:
-        ConversionError: a tokenizer that is no SentencePiece BPE, or a weight without a name in llama.cpp.
+        ConversionError: a tokenizer that splits text as neither SentencePiece nor GPT-2 does, or a weight without a
+            name in llama.cpp.
     """
     write_language_model(model, processor, folder / "model.gguf")
     missing = CONVOLUTIONAL_TOWER
@@ -114,7 +118,8 @@ def write_language_model(model: PreTrainedModel, processor: ProcessorMixin, path
     import gguf
 
     config = model.config.get_text_config()
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = TEXT_MODELS[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -126,35 +131,42 @@ def write_language_model(model: PreTrainedModel, processor: ProcessorMixin, path
     writer.add_head_count_kv(key_value_heads)
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(int(width * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture == "llama":
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(getattr(config, "use_parallel_residual", True))
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, processor, config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     weights = {f"model.{name}": weight for name, weight in model.model.language_model.state_dict().items()}
-    weights["lm_head.weight"] = model.get_output_embeddings().weight
+    weights |= {f"lm_head.{name}": weight for name, weight in model.get_output_embeddings().state_dict().items()}
     for name, weight in weights.items():
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ConversionError(f"the weight {name} has no name in llama.cpp's architecture 'llama'.")
+            raise ConversionError(f"the weight {name} has no name in llama.cpp's architecture {architecture!r}.")
         for part, count in (("q_proj", heads), ("k_proj", key_value_heads)):
-            if f"{part}." in name:
+            if architecture == "llama" and f"{part}." in name:
                 weight = _interleave_rotary(weight, count)
         writer.add_tensor(target, _to_array(weight))
     _close(writer)
 
 
 def _add_tokenizer(writer, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Adds the vocabulary of a SentencePiece BPE, whose merges are the order of its pieces."""
+    """Adds the vocabulary of a SentencePiece BPE, whose merges are the order of its pieces, or of GPT-2's kind."""
     import gguf
 
     tokenizer = processor.tokenizer
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
-    if stored["model"]["type"] != "BPE" or not stored["model"].get("byte_fallback"):
+    before = stored["pre_tokenizer"] or {}
+    sentencepiece = stored["model"].get("byte_fallback", False)
+    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
+    if stored["model"]["type"] != "BPE" or not (sentencepiece or (plain and stored["normalizer"] is None)):
         raise ConversionError(
-            f"the tokenizer ({type(tokenizer).__name__}) is no SentencePiece BPE with byte fallback, the only kind "
-            "that is exported to gguf. Use --to onnx or openvino."
+            f"the tokenizer ({type(tokenizer).__name__}) splits text neither as SentencePiece with byte fallback nor "
+            "as GPT-2 does, the only kinds that are exported to gguf. Use --to onnx or openvino."
         )
     added = {token["id"]: token for token in stored["added_tokens"]}
     pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
@@ -172,8 +184,8 @@ def _add_tokenizer(writer, processor: ProcessorMixin, config: PreTrainedConfig) 
         tokens.append(piece.encode())
         scores.append(-float(index))
         types.append(kind)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else "gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
@@ -181,8 +193,12 @@ def _add_tokenizer(writer, processor: ProcessorMixin, config: PreTrainedConfig) 
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(True)
+    writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    if sentencepiece:
+        writer.add_add_space_prefix(True)
+    else:
+        merges = stored["model"]["merges"]
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     if isinstance(processor.chat_template, str):
         writer.add_chat_template(processor.chat_template)
 

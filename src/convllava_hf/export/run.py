@@ -97,7 +97,8 @@ def export_checkpoint(
     """
     if target == "executorch":
         raise ConversionError(
-            "target 'executorch' is not supported: its programs have fixed sizes of cache and image. Expected one of "
+            "target 'executorch' is not supported: its programs reserve memory for a largest picture and a longest "
+            "text, chosen when they are written, and nothing here answers with them. Expected one of "
             f"{', '.join(TARGETS)}."
         )
     if target not in TARGETS:

@@ -54,20 +54,12 @@ class OnnxGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.values = onnxruntime.OrtValue
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        feed = {name: self._share(tensors[name].contiguous()) for name in self.inputs}
-        values = self.session.run_with_ort_values(self.outputs, feed)
-        return {name: torch.from_dlpack(value) for name, value in zip(self.outputs, values, strict=True)}
-
-    def _share(self, tensor: torch.Tensor):
-        if tensor.numel():
-            return self.values.from_dlpack(tensor)
-        # An empty cache has no memory to share.
-        return self.values.ortvalue_from_shape_and_type(list(tensor.shape), tensor.numpy().dtype.type)
+        arrays = self.session.run(self.outputs, {name: tensors[name].contiguous().numpy() for name in self.inputs})
+        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)}
 
 
 class OpenVinoGraph:

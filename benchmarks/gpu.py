@@ -45,7 +45,7 @@ from machine import describe_machine, print_machine, print_table, show_progress
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
 # Llama's shapes: width, width of the MLP, layers, heads.
-SIZES = {"1B": (2048, 5504, 22, 32), "7B": (4096, 11008, 32, 32)}
+SIZES = {"0.1B": (768, 2048, 12, 12), "1B": (2048, 5504, 22, 32), "7B": (4096, 11008, 32, 32)}
 TOY_SIZE = (32, 64, 2, 2)
 VOCABULARY = 32000
 TOWER = {"num_stages": 5, "depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072], "image_size": 1536}
@@ -54,6 +54,10 @@ CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
 CLIP |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
 TOY_CLIP = {**CLIP, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_CLIP |= {"image_size": 28}
+# The width of timm's `fastvit_mci3`, and its arguments.
+FAST_VIT = {"hidden_size": 3072, "model_args": {"inference_mode": True}}
+TOY_FAST_VIT = {"layers": [1] * 5, "embed_dims": [32, 32, 32, 32, 64], **FAST_VIT["model_args"]}
+TOY_FAST_VIT = {"hidden_size": 128, "model_args": TOY_FAST_VIT}
 PICTURE = (2048, 1536)  # a photo, 4:3
 QUESTION = "What does the picture show, and what is written on it?"
 TERA = 1e12
@@ -201,7 +205,15 @@ def make_fast_vlm(size: str, options):
 
     if not hasattr(transformers, "FastVlmConfig"):
         raise Skip(f"transformers {version('transformers')} has no FastVLM")
-    config = transformers.FastVlmConfig(text_config=build_text_config(size, options), image_token_index=4)
+    tower = transformers.TimmWrapperConfig(
+        architecture="fastvit_mci3",
+        do_pooling=True,
+        global_pool="avg",
+        **(TOY_FAST_VIT if options.toy else FAST_VIT),
+    )
+    config = transformers.FastVlmConfig(
+        vision_config=tower, text_config=build_text_config(size, options), image_token_index=4
+    )
     return transformers.FastVlmForConditionalGeneration, config
 
 
@@ -392,12 +404,11 @@ def list_first_token(options) -> dict[str, Case]:
                 partial(make_llava, size, options, following=True),
                 partial(build_llava_processor, "llava_next", clip_side),
             ),
-        }
-        if not options.toy:  # its tower has one size, 125 million parameters
-            families["FastVLM"] = (
+            "FastVLM": (
                 partial(make_fast_vlm, size, options),
-                partial(build_llava_processor, "fast_vlm", 1024),
-            )
+                partial(build_llava_processor, "fast_vlm", 128 if options.toy else 1024),
+            ),
+        }
         for name, (make, build) in families.items():
             cases[f"{name}, {size}"] = partial(measure_answer, make, build, options)
         batched = partial(build_convllava_processor, largest)
@@ -717,7 +728,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], help="forget what these parts have measured")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the language model")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "7B"], help="of the language model")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=5)

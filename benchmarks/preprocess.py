@@ -69,7 +69,7 @@ def build_original(side: int):
 
 
 def build_ours(side: int, class_name: str = "ConvLlavaImageProcessor", **settings):
-    """One of our image processors, on images as `Image.open` gives them."""
+    """One of our image processors, on images as `Image.open` gives them; `draft_photos` has the decoder shrink them."""
     from PIL import Image
 
     import convllava_hf
@@ -82,6 +82,7 @@ VARIANTS = {
     "decode": build_decode,
     "original": build_original,
     "ours": partial(build_ours, image_aspect_ratio="pad"),
+    "ours, draft": partial(build_ours, image_aspect_ratio="pad", draft_photos=True),
     "ours, native": partial(build_ours, image_aspect_ratio="native"),
     "ours, Pillow": partial(build_ours, class_name="ConvLlavaImageProcessorPil", image_aspect_ratio="pad"),
 }

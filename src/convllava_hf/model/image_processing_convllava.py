@@ -388,6 +388,26 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         offset = [torch.tensor(-m / s) for m, s in zip(mean, std, strict=True)]
         return [factor / s for s in std], offset
 
+    def normalize_bytes(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Rescales and normalises, on their device, pixels that a call with both left out has prepared.
+
+        Bytes are a quarter of what floats are to copy. On the CPU the result is that of preparing floats, to the bit.
+
+        Args:
+            pixel_values: `(I, 3, H, W)`, `uint8`.
+
+        Returns:
+            The same shape in float32; also what pads smaller images is normalised, as black.
+        """
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(self, name) for name in names}
+        scale, offset = self._get_scale_and_offset(pixel_values.shape[1], **settings)
+        pixel_values = pixel_values.float()
+        for channel in range(len(scale)):
+            pixels = pixel_values[:, channel]
+            torch.add(offset[channel], pixels, alpha=scale[channel], out=pixels)
+        return pixel_values
+
     def _resize_one(self, image, do_resize, resample, image_mean, **kwargs) -> torch.Tensor:
         """Pads and resizes one image to its target; `(3, H, W)`, `uint8` where the image was."""
         is_tensor = isinstance(image, torch.Tensor)

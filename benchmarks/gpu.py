@@ -23,6 +23,7 @@ transformers has not) is skipped by name. docs/gpu.md says what to carry to a ma
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -44,6 +45,8 @@ from machine import describe_machine, print_machine, print_table, show_progress
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
+if importlib.util.find_spec("convllava_hf") is None:  # a clone that is not installed
+    sys.path.insert(0, str(ROOT / "src"))
 # Llama's shapes: width, width of the MLP, layers, heads.
 SIZES = {"0.1B": (768, 2048, 12, 12), "1B": (2048, 5504, 22, 32), "7B": (4096, 11008, 32, 32)}
 TOY_SIZE = (32, 64, 2, 2)
@@ -68,6 +71,11 @@ Case = Callable[[], dict]
 
 class Skip(Exception):
     """Why a case cannot run here."""
+
+
+def skip(reason: Exception) -> dict:
+    """A case that cannot run."""
+    raise reason
 
 
 def check_transformers(needed: str) -> None:
@@ -168,6 +176,7 @@ def build_model(make: Callable, options, dtype: str | None = None, attention: st
 
 
 def make_convllava(size: str, options):
+    check_transformers(read_floor())
     from transformers import ConvNextConfig
 
     from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
@@ -286,6 +295,9 @@ def list_correctness(options) -> dict[str, Case]:
 
 def run_tests(path: Path, options) -> dict:
     """Runs the tests that carry the mark, and counts them; names what failed and why others were skipped."""
+    check_transformers(read_floor())
+    if importlib.util.find_spec("pytest") is None:
+        raise Skip("pytest is not installed; carry the wheels that docs/gpu.md names")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-q", "--junitxml", str(report)]
@@ -308,6 +320,7 @@ def run_tests(path: Path, options) -> dict:
 
 def list_tower(options) -> dict[str, Case]:
     """Every way at every size; compiling comes last, because it takes longest."""
+    check_transformers(read_floor())
     from transformers import ConvNextConfig
 
     from convllava_hf import ConvLlavaConfig
@@ -424,7 +437,6 @@ def measure_answer(make, build, options, batch: int = 1, dtype: str | None = Non
     """Seconds from pictures to the first tokens, preparation included, and tokens per second after them."""
     import torch
 
-    check_transformers(read_floor())
     if dtype == "float16" and torch.device(options.device).type == "cpu":
         dtype = options.dtype  # half precision has no convolutions on some CPUs
     model, processor = build_model(make, options, dtype, attention), build()
@@ -472,6 +484,7 @@ def list_training(options) -> dict[str, Case]:
 
 def measure_training(stage: int, size: str, rows: int, options) -> dict:
     """Seconds of a step (forward, backward with recomputation, AdamW) on rows of one image and 512 tokens of text."""
+    check_transformers(read_floor())
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -686,7 +699,11 @@ def run_part(name: str, options) -> None:
     results = load_results(options)
     options.found = {}
     done = results["parts"].setdefault(name, {})
-    for case, call in PARTS[name](options).items():
+    try:
+        cases = PARTS[name](options)
+    except (Skip, ImportError) as reason:
+        cases = {"all": partial(skip, reason)}
+    for case, call in cases.items():
         if case in done:
             continue
         show_progress(f"{name}: {case}")

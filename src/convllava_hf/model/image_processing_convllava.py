@@ -370,7 +370,7 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         for image, pixels, (height, width) in zip(resized, pixel_values, sizes, strict=True):
             pixels = pixels[:, :height, :width]
             # Interleaved to planar in bytes first: four times less to move than in floats.
-            pixels.copy_(image.contiguous())
+            pixels.copy_(image if image.dtype == dtype else image.contiguous())
             for channel in range(len(scale)):
                 torch.add(offset[channel], pixels[channel], alpha=scale[channel], out=pixels[channel])
         if return_tensors is None:

@@ -7,8 +7,8 @@ All have the released towers' shapes and one shape of language model, with rando
 (576 tokens), FastVLM 1024 (256 tokens). Photos are JPEG files of three aspect ratios. ConvLLaVA pads them to a square,
 or keeps their shape (`native`) in the detail of the square.
 
-- first token: from the file: decoding, preparing, the tower, the prompt. Of it the tower with its projector, and the
-  language model on the prompt, are timed alone as well.
+- first token: from the file: decoding, preparing, the tower, the prompt. The tower, and the language model on the
+  prompt, are parts of it.
 - memory: the most above what the weights take, from the file to the last token.
 - exponents: how a time grows with what it is for, a straight line through the logarithms. 1 is linear.
 """
@@ -17,6 +17,7 @@ import argparse
 import math
 import statistics
 import tempfile
+import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from gpu import (
     make_fast_vlm,
     make_llava,
     make_picture,
-    time_calls,
+    synchronize,
 )
 from machine import describe_machine, print_machine, print_table, show_progress, write_json
 from PIL import Image
@@ -67,37 +68,64 @@ def list_cases(options) -> list[tuple]:
     return cases
 
 
-def measure(model, processor, path: Path, options) -> dict:
-    """Times and memory of one model on one file."""
+class Clock:
+    """When the parts of a model begin and end, while it answers."""
 
-    def prepare():
-        inputs = processor(images=[Image.open(path)], text=[f"<image>\n{QUESTION}"], return_tensors="pt")
-        return inputs.to(options.device, model.dtype)
+    def __init__(self, model, options):
+        self.read = time.process_time if options.cpu_seconds else time.perf_counter
+        self.device, self.moments = options.device, {}
+        parts = {"tower": model.model.vision_tower, "language model": model.model.language_model}
+        self.hooks = [
+            hook
+            for name, module in parts.items()
+            for hook in (
+                module.register_forward_pre_hook(lambda *_, name=name: self.note(f"{name} begins")),
+                module.register_forward_hook(lambda *_, name=name: self.note(f"{name} ends")),
+            )
+        ]
 
-    def answer(tokens: int):
-        return model.generate(**prepare(), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    def note(self, name: str) -> None:
+        synchronize(self.device)
+        self.moments.setdefault(name, []).append(self.read())
 
-    clock = partial(time_calls, device=options.device, repeats=options.repeats)
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def answer(model, processor, path: Path, options) -> dict:
+    """Times of one answer, from the file on, in seconds."""
+    clock = Clock(model, options)
     with torch.inference_mode():
-        inputs = prepare()
-        images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
-        language_model = model.get_decoder()
-        preparing, tower = clock(prepare), clock(lambda: model.get_image_features(**images))
-        prompt, first = clock(lambda: language_model(inputs_embeds=embeds)), clock(lambda: answer(1))
-        with PeakMemory(torch.device(options.device)) as memory:
-            whole = clock(lambda: answer(options.tokens + 1))
+        clock.note("start")
+        inputs = processor(images=[Image.open(path)], text=[f"<image>\n{QUESTION}"], return_tensors="pt")
+        inputs = inputs.to(options.device, model.dtype)
+        clock.note("prepared")
+        tokens = options.tokens + 1
+        model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+        clock.note("end")
+    clock.close()
+    moments = clock.moments
+    second = moments["language model begins"][1]  # by then the first token is chosen
     return {
         "image_tokens": int((inputs["input_ids"] == 4).sum()),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "pixels": inputs["pixel_values"].shape[-2] * inputs["pixel_values"].shape[-1],
-        "prepare": preparing,
-        "tower": tower,
-        "prompt": prompt,
-        "first": first,
-        "tokens_per_second": options.tokens / max(whole - first, 1e-9),
-        "peak_bytes": memory.peak,
+        "prepare": moments["prepared"][0] - moments["start"][0],
+        "tower": moments["tower ends"][0] - moments["tower begins"][0],
+        "prompt": moments["language model ends"][0] - moments["language model begins"][0],
+        "first": second - moments["start"][0],
+        "token": (moments["end"][0] - second) / options.tokens,
     }
+
+
+def measure(model, processor, path: Path, options) -> dict:
+    """The median of several answers, and the memory of the last."""
+    runs = []
+    for _ in range(options.repeats):
+        with PeakMemory(torch.device(options.device)) as memory:
+            runs.append(answer(model, processor, path, options))
+    return {**{key: statistics.median(run[key] for run in runs) for key in runs[0]}, "peak_bytes": memory.peak}
 
 
 def fit_exponent(results: list[dict], size: str, cost: str) -> float | None:
@@ -113,7 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sides", nargs="+", type=int, default=[512, 768, 1024], help="of ConvLLaVA's squares, pixels")
     parser.add_argument("--size", choices=SIZES, default="0.1B", help="of the language model")
     parser.add_argument("--tokens", type=int, default=16, help="generated after the first")
-    parser.add_argument("--repeats", type=int, default=1, help="timed calls, after one that is not")
+    parser.add_argument("--repeats", type=int, default=1, help="answers that are timed")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of the processor: for machines that are busy")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--toy", action="store_true", help="tiny models")
@@ -130,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             if make is not made:
                 loaded, made = None, make
                 loaded = build_model(make, options)
+                answer(loaded, processor, paths[picture], options)  # warms up
             results.append({"model": name, "picture": picture, **measure(loaded, processor, paths[picture], options)})
     table = [
         {
@@ -140,15 +170,13 @@ def main(arguments: list[str] | None = None) -> None:
             "tower, s": f"{found['tower']:.3f}",
             "prompt, s": f"{found['prompt']:.3f}",
             "first token, s": f"{found['first']:.3f}",
-            "tokens/s": f"{found['tokens_per_second']:.1f}",
+            "tokens/s": f"{1 / found['token']:.1f}",
             "memory, MiB": "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / MEBIBYTE:.0f}",
         }
         for found in results
     ]
     print_table(f"From a file to the first token, {options.size}, {options.dtype}", table)
     ours = [found for found in results if found["model"].startswith("ConvLLaVA")]
-    for found in results:
-        found["token"] = 1 / found["tokens_per_second"]
     exponents = {
         "tower, in pixels (ConvLLaVA)": fit_exponent(ours, "pixels", "tower"),
         "memory, in pixels (ConvLLaVA)": fit_exponent(ours, "pixels", "peak_bytes"),

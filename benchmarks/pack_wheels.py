@@ -1,11 +1,11 @@
 """Downloads the wheels that a machine with a GPU, without a network, lacks, and says whether they fit together.
 
     python benchmarks/pack_wheels.py                       # into build/wheels, and our own wheel beside them
-    python benchmarks/pack_wheels.py --python 3.11 --extra bitsandbytes --megabytes 128
+    python benchmarks/pack_wheels.py --python 3.11 --extra bitsandbytes --megabytes 80
 
-For an x86-64 Linux that carries torch, torchvision and an older transformers. pip
-downloads each package alone, for that platform; then what the wheels ask for is looked up among them and in the list of
-what the machine has, and what is in neither is an error. There, from the repository's root:
+For an x86-64 Linux that carries torch, torchvision and an older transformers. pip downloads each package alone, for
+that platform; then what the wheels ask for is looked up among them and in the list of what the machine has, and what is
+in neither is an error. There, from the repository's root:
 
     python -m pip install --no-index --no-deps --upgrade --target build/site build/wheels/*.whl
     PYTHONPATH=build/site python benchmarks/gpu.py

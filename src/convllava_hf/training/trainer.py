@@ -270,9 +270,10 @@ class ConvLlavaTrainer(SFTTrainer):
 
     def _sizes_vary(self) -> bool:
         """Whether a batch may have images of several sizes, so that the tower runs more than once."""
+        if self.model.config.model_type != "convllava":
+            return False
         settings = self.processing_class.image_processor
-        is_native = getattr(settings, "image_aspect_ratio", None) == "native" or not settings.do_resize
-        return self.model.config.model_type == "convllava" and is_native
+        return settings.image_aspect_ratio == "native" or not settings.do_resize
 
     def _silence_padded_ids(self) -> None:
         """Gives ids that only round the vocabulary up no probability in TRL's fused output layer.

@@ -130,15 +130,15 @@ def build_answer(options, aspect: str):
     model.eval().generation_config.eos_token_id = None
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     picture, found = PILImage.fromarray(pixels).resize((640, 480)), []
-    generate = type(model).generate
+    prepare = processor.apply_chat_template
 
-    def record(**inputs):
+    def record(*arguments, **settings):
+        inputs = prepare(*arguments, **settings)
         found.append(count_bytes(inputs))
-        return generate(model, **inputs)
-
-    model.generate = record
+        return inputs
 
     def run(tokens: int) -> int:
+        processor.apply_chat_template = record
         answer(model, processor, "What is it?", picture, max_new_tokens=tokens)
         return found[-1]
 

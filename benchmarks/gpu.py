@@ -23,6 +23,7 @@ transformers has not) is skipped by name. docs/gpu.md says what to carry to a ma
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -44,8 +45,10 @@ from machine import describe_machine, print_machine, print_table, show_progress
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
+if importlib.util.find_spec("convllava_hf") is None:  # a clone that is not installed
+    sys.path.insert(0, str(ROOT / "src"))
 # Llama's shapes: width, width of the MLP, layers, heads.
-SIZES = {"1B": (2048, 5504, 22, 32), "7B": (4096, 11008, 32, 32)}
+SIZES = {"0.1B": (768, 2048, 12, 12), "1B": (2048, 5504, 22, 32), "7B": (4096, 11008, 32, 32)}
 TOY_SIZE = (32, 64, 2, 2)
 VOCABULARY = 32000
 TOWER = {"num_stages": 5, "depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072], "image_size": 1536}
@@ -54,6 +57,10 @@ CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
 CLIP |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
 TOY_CLIP = {**CLIP, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_CLIP |= {"image_size": 28}
+# The width of timm's `fastvit_mci3`, and its arguments.
+FAST_VIT = {"hidden_size": 3072, "model_args": {"inference_mode": True}}
+TOY_FAST_VIT = {"layers": [1] * 5, "embed_dims": [32, 32, 32, 32, 64], **FAST_VIT["model_args"]}
+TOY_FAST_VIT = {"hidden_size": 128, "model_args": TOY_FAST_VIT}
 PICTURE = (2048, 1536)  # a photo, 4:3
 QUESTION = "What does the picture show, and what is written on it?"
 TERA = 1e12
@@ -64,6 +71,11 @@ Case = Callable[[], dict]
 
 class Skip(Exception):
     """Why a case cannot run here."""
+
+
+def skip(reason: Exception) -> dict:
+    """A case that cannot run."""
+    raise reason
 
 
 def check_transformers(needed: str) -> None:
@@ -164,6 +176,7 @@ def build_model(make: Callable, options, dtype: str | None = None, attention: st
 
 
 def make_convllava(size: str, options):
+    check_transformers(read_floor())
     from transformers import ConvNextConfig
 
     from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
@@ -201,7 +214,15 @@ def make_fast_vlm(size: str, options):
 
     if not hasattr(transformers, "FastVlmConfig"):
         raise Skip(f"transformers {version('transformers')} has no FastVLM")
-    config = transformers.FastVlmConfig(text_config=build_text_config(size, options), image_token_index=4)
+    tower = transformers.TimmWrapperConfig(
+        architecture="fastvit_mci3",
+        do_pooling=True,
+        global_pool="avg",
+        **(TOY_FAST_VIT if options.toy else FAST_VIT),
+    )
+    config = transformers.FastVlmConfig(
+        vision_config=tower, text_config=build_text_config(size, options), image_token_index=4
+    )
     return transformers.FastVlmForConditionalGeneration, config
 
 
@@ -274,6 +295,9 @@ def list_correctness(options) -> dict[str, Case]:
 
 def run_tests(path: Path, options) -> dict:
     """Runs the tests that carry the mark, and counts them; names what failed and why others were skipped."""
+    check_transformers(read_floor())
+    if importlib.util.find_spec("pytest") is None:
+        raise Skip("pytest is not installed; carry the wheels that docs/gpu.md names")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-q", "--junitxml", str(report)]
@@ -296,6 +320,7 @@ def run_tests(path: Path, options) -> dict:
 
 def list_tower(options) -> dict[str, Case]:
     """Every way at every size; compiling comes last, because it takes longest."""
+    check_transformers(read_floor())
     from transformers import ConvNextConfig
 
     from convllava_hf import ConvLlavaConfig
@@ -392,12 +417,11 @@ def list_first_token(options) -> dict[str, Case]:
                 partial(make_llava, size, options, following=True),
                 partial(build_llava_processor, "llava_next", clip_side),
             ),
-        }
-        if not options.toy:  # its tower has one size, 125 million parameters
-            families["FastVLM"] = (
+            "FastVLM": (
                 partial(make_fast_vlm, size, options),
-                partial(build_llava_processor, "fast_vlm", 1024),
-            )
+                partial(build_llava_processor, "fast_vlm", 128 if options.toy else 1024),
+            ),
+        }
         for name, (make, build) in families.items():
             cases[f"{name}, {size}"] = partial(measure_answer, make, build, options)
         batched = partial(build_convllava_processor, largest)
@@ -413,7 +437,6 @@ def measure_answer(make, build, options, batch: int = 1, dtype: str | None = Non
     """Seconds from pictures to the first tokens, preparation included, and tokens per second after them."""
     import torch
 
-    check_transformers(read_floor())
     if dtype == "float16" and torch.device(options.device).type == "cpu":
         dtype = options.dtype  # half precision has no convolutions on some CPUs
     model, processor = build_model(make, options, dtype, attention), build()
@@ -461,6 +484,7 @@ def list_training(options) -> dict[str, Case]:
 
 def measure_training(stage: int, size: str, rows: int, options) -> dict:
     """Seconds of a step (forward, backward with recomputation, AdamW) on rows of one image and 512 tokens of text."""
+    check_transformers(read_floor())
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -675,7 +699,11 @@ def run_part(name: str, options) -> None:
     results = load_results(options)
     options.found = {}
     done = results["parts"].setdefault(name, {})
-    for case, call in PARTS[name](options).items():
+    try:
+        cases = PARTS[name](options)
+    except (Skip, ImportError) as reason:
+        cases = {"all": partial(skip, reason)}
+    for case, call in cases.items():
         if case in done:
             continue
         show_progress(f"{name}: {case}")
@@ -717,7 +745,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], help="forget what these parts have measured")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the language model")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "7B"], help="of the language model")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,11 +1,11 @@
 """Downloads the wheels that a machine with a GPU, without a network, lacks, and says whether they fit together.
 
     python benchmarks/pack_wheels.py                       # into build/wheels, and our own wheel beside them
-    python benchmarks/pack_wheels.py --python 3.11 --extra bitsandbytes --megabytes 128
+    python benchmarks/pack_wheels.py --python 3.11 --extra bitsandbytes --megabytes 80
 
-For an x86-64 Linux that carries torch, torchvision, timm, accelerate, peft, pytest and an older transformers. pip
-downloads each package alone, for that platform; then what the wheels ask for is looked up among them and in the list of
-what the machine has, and what is in neither is an error. There, from the repository's root:
+For an x86-64 Linux that carries torch, torchvision and an older transformers. pip downloads each package alone, for
+that platform; then what the wheels ask for is looked up among them and in the list of what the machine has, and what is
+in neither is an error. There, from the repository's root:
 
     python -m pip install --no-index --no-deps --upgrade --target build/site build/wheels/*.whl
     PYTHONPATH=build/site python benchmarks/gpu.py
@@ -27,17 +27,18 @@ ROOT = Path(__file__).parents[1]
 # glibc versions of wheels' names; pip takes them literally.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 MEGABYTES = 64
-# transformers, and what it needs newer than an image of its predecessor has; trl with datasets; the engine's pydantic.
+# transformers, what it and this package need newer than an image of its predecessor has, and trl with datasets.
 PACKAGES = """
-transformers tokenizers huggingface_hub safetensors hf-xet click regex trl datasets dill multiprocess<0.70.20 xxhash
+transformers tokenizers huggingface_hub safetensors hf-xet click regex accelerate peft timm protobuf sentencepiece
+trl datasets dill multiprocess<0.70.20 xxhash
 """.split()
-# Small ones that pin what they need exactly, which is therefore left to pip.
-WITH_NEEDS = ["pydantic", "httpx2"]
-# What is taken to be there, in any version. pyarrow and torch alone would be larger than all of the above.
+# Small ones that pin what they need exactly, which is therefore left to pip; pytest runs the tests.
+WITH_NEEDS = ["pydantic", "httpx2", "pytest"]
+# What is taken to be there, in any version: what torch and an older transformers ask for. pyarrow, which is larger than
+# all of the above, and pandas need not be: without them what imports datasets is skipped.
 PRESENT = set(
     """
-    accelerate anyio filelock fsspec jinja2 numpy packaging pandas peft pillow protobuf psutil pyarrow pyyaml
-    sentencepiece timm torch torchvision tqdm triton typer
+    filelock fsspec jinja2 numpy pandas pillow psutil pyarrow pyyaml torch torchvision tqdm triton typer
     """.split()
 )
 

@@ -69,7 +69,7 @@ def build_original(side: int):
 
 
 def build_ours(side: int, class_name: str = "ConvLlavaImageProcessor", **settings):
-    """One of our image processors, on images as `Image.open` gives them."""
+    """One of our image processors, on images as `Image.open` gives them; `draft_photos` has the decoder shrink them."""
     from PIL import Image
 
     import convllava_hf
@@ -78,10 +78,15 @@ def build_ours(side: int, class_name: str = "ConvLlavaImageProcessor", **setting
     return lambda paths: processor([Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]
 
 
+# What training and `answer` hand to the device, which normalises them.
+BYTES = {"do_rescale": False, "do_normalize": False}
 VARIANTS = {
     "decode": build_decode,
     "original": build_original,
     "ours": partial(build_ours, image_aspect_ratio="pad"),
+    "ours, draft": partial(build_ours, image_aspect_ratio="pad", draft_photos=True),
+    "ours, bytes": partial(build_ours, image_aspect_ratio="pad", **BYTES),
+    "ours, draft, bytes": partial(build_ours, image_aspect_ratio="pad", draft_photos=True, **BYTES),
     "ours, native": partial(build_ours, image_aspect_ratio="native"),
     "ours, Pillow": partial(build_ours, class_name="ConvLlavaImageProcessorPil", image_aspect_ratio="pad"),
 }
@@ -350,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
                 expected = Path(folder) / "original.pt"
                 variants.ask("original", "save", images, expected)
                 for name in options.variants:
-                    if "native" not in name:  # those images have another shape
+                    if "native" not in name and "bytes" not in name:  # those have another shape or scale
                         variants.ask(name, "save", images, Path(folder) / "ours.pt")
                         difference = compare_levels(expected, Path(folder) / "ours.pt")
                         differences.append({"image": case, "variant": name, **difference})

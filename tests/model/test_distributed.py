@@ -14,7 +14,7 @@ import os
 import sys
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ConvNextConfig, LlamaConfig
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
@@ -78,6 +78,21 @@ def compare(kind, frozen, batches, passes):
     gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
     return max((gradients[name] - expected[name]).abs().max().item() for name in expected)
 
+def check_generation():
+    # Of a sharded model that has run nothing yet, and again after a backward pass.
+    single, tokens = build(False).eval(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = single.generate(**SIZES, **tokens).tolist()
+    model = build(False).eval()
+    for module in (*model.model.vision_tower.encoder.stages, *model.model.language_model.layers):
+        fully_shard(module)
+    register_fsdp_forward_method(fully_shard(model), "generate")
+    found = [model.generate(**SIZES, **tokens).tolist()]
+    compute_loss(model, SIZES).backward()
+    return all(tokens == expected for tokens in [*found, model.generate(**SIZES, **tokens).tolist()])
+
+if sys.argv[1] == "generation":
+    assert check_generation()
+    CASES = {}
 results = {
     f"{case}, {state}": compare(sys.argv[1], state == "frozen", *CASES[case])
     for case in CASES
@@ -104,3 +119,15 @@ def test_ranks_that_need_the_tower_differently_often(kind, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.strip().splitlines()[-1])
     assert len(results) == 8 and max(results.values()) < 1e-5, results
+
+
+@pytest.mark.slow
+def test_a_sharded_model_generates_before_it_has_run(tmp_path):
+    """FSDP2 gathers weights in `forward`; torch's `register_fsdp_forward_method` makes it do so in `generate`."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    result = subprocess.run([*command, "generation"], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]

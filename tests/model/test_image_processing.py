@@ -191,6 +191,17 @@ def test_extreme_shapes_are_refused_by_name():
         get_native_size(1, 201, 64, 1, 576, 2.0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_rescale": False}, {"do_normalize": False}])
+def test_bytes_are_normalised_later_to_the_same_pixels(settings):
+    """On the CPU to the bit: what `answer` sends to the model's device."""
+    processor = make(ConvLlavaImageProcessor, **settings)
+    images = [photo(230, 140), photo(60, 90, seed=1)]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    prepared = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert prepared.dtype == torch.uint8
+    assert torch.equal(processor.normalize_bytes(prepared), expected.float())
+
+
 def test_settings_survive_saving(backend, tmp_path):
     processor = make(backend, image_aspect_ratio="native", min_image_tokens=3, max_image_tokens=9, max_upscale=1.5)
     processor.save_pretrained(tmp_path)

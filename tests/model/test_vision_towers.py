@@ -127,7 +127,9 @@ def test_the_pass_of_a_batch_without_images_joins_every_weight_and_changes_no_st
 
 
 @torch.no_grad()
-def test_a_compiled_tower_takes_every_size_with_one_graph():
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_compiled_tower_takes_every_size_with_one_graph(marked):
+    """From two images of more than one cell a side on, where the first are no squares; whatever comes, if marked."""
     torch._dynamo.reset()
     tower, graphs = build_model({"model_type": "convnext", "num_stages": 5, **FIVE}).model.vision_tower.eval(), []
 
@@ -136,8 +138,11 @@ def test_a_compiled_tower_takes_every_size_with_one_graph():
         return graph.forward
 
     compiled = torch.compile(tower, backend=count, fullgraph=True, dynamic=True)
-    for height, width in ((128, 192), (192, 128), (256, 320)):
-        pixel_values = torch.randn(2, 3, height, width)
+    sizes = [(2, 128, 192), (2, 192, 128), (3, 256, 320), (2, 192, 192)]
+    for images, height, width in [(1, 64, 64), *sizes, (2, 64, 128)] if marked else sizes:
+        pixel_values = torch.randn(images, 3, height, width)
+        for dimension in (0, 2, 3) if marked else ():
+            torch._dynamo.decorators.mark_unbacked(pixel_values, dimension)
         found = compiled(pixel_values).last_hidden_state
         torch.testing.assert_close(found, tower(pixel_values).last_hidden_state, rtol=0, atol=1e-5)
     assert len(graphs) == 1

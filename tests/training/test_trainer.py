@@ -121,6 +121,22 @@ def test_images_travel_as_bytes(make_trainer):
     assert trainer.processing_class.image_processor.do_normalize  # what is saved is not what the workers use
 
 
+def test_batches_tell_the_model_how_many_sizes_their_images_have(make_trainer, monkeypatch):
+    """So that nothing is read from the device for it, where all have one."""
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["vision_passes"] == 1
+    batch = trainer._prepare_inputs(batch)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda *_: pytest.fail("the sizes were read"))
+    trainer.model(**batch)
+    monkeypatch.undo()
+    trainer.data_collator.processor.image_processor.image_aspect_ratio = "native"
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["vision_passes"] == len(set(map(tuple, batch["image_sizes"].tolist()))) > 1
+    texts = make_rows(24).filter(lambda row: not row["images"], keep_in_memory=True)
+    assert trainer.data_collator([texts[0], texts[1]])["vision_passes"] == 0
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_part_has_its_learning_rate(make_trainer, checkpointing):
     trainer = make_trainer(

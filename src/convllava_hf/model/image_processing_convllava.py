@@ -370,7 +370,7 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         for image, pixels, (height, width) in zip(resized, pixel_values, sizes, strict=True):
             pixels = pixels[:, :height, :width]
             # Interleaved to planar in bytes first: four times less to move than in floats.
-            pixels.copy_(image.contiguous())
+            pixels.copy_(image if image.dtype == dtype else image.contiguous())
             for channel in range(len(scale)):
                 torch.add(offset[channel], pixels[channel], alpha=scale[channel], out=pixels[channel])
         if return_tensors is None:
@@ -387,6 +387,26 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * channels, (1.0,) * channels)
         offset = [torch.tensor(-m / s) for m, s in zip(mean, std, strict=True)]
         return [factor / s for s in std], offset
+
+    def normalize_bytes(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Rescales and normalises, on their device, pixels that a call with both left out has prepared.
+
+        Bytes are a quarter of what floats are to copy. On the CPU the result is that of preparing floats, to the bit.
+
+        Args:
+            pixel_values: `(I, 3, H, W)`, `uint8`.
+
+        Returns:
+            The same shape in float32; also what pads smaller images is normalised, as black.
+        """
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(self, name) for name in names}
+        scale, offset = self._get_scale_and_offset(pixel_values.shape[1], **settings)
+        pixel_values = pixel_values.float()
+        for channel in range(len(scale)):
+            pixels = pixel_values[:, channel]
+            torch.add(offset[channel], pixels, alpha=scale[channel], out=pixels)
+        return pixel_values
 
     def _resize_one(self, image, do_resize, resample, image_mean, **kwargs) -> torch.Tensor:
         """Pads and resizes one image to its target; `(3, H, W)`, `uint8` where the image was."""

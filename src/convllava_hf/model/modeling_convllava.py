@@ -419,7 +419,8 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         for index, size in enumerate(sizes):
             groups.setdefault(size, []).append(index)
         for (height, width), members in groups.items():
-            encoded, _ = self._encode(pixel_values[members, :, :height, :width])
+            # Slices, as a list of indices would be copied to the device, which waits for that.
+            encoded, _ = self._encode(torch.stack([pixel_values[index, :, :height, :width] for index in members]))
             for index, feature in zip(members, encoded, strict=True):
                 features[index] = feature  # (N, C)
         return tuple(features), len(groups)

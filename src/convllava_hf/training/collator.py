@@ -13,6 +13,7 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..images import COLUMNS, GetSize, decode_image, list_images
+from ..model.modeling_convllava import count_vision_passes
 from .masks import mark_answers
 from .vision_cache import CachedImageProcessor, VisionCache, make_stand_in
 
@@ -31,6 +32,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
         draft: shrink large JPEG photos while they are decoded, see `load_image`.
         vision_cache: give features of the tower instead of pixels; images must come undecoded.
         padding_free: join all rows to one without padding, see `join_rows`.
+        counts_passes: add `vision_passes` for the model, which would else read the images' sizes from the device.
 
     Raises:
         ValueError: a row whose images do not fit into `max_tokens`, or that cannot be prepared.
@@ -42,6 +44,7 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
     vision_cache: VisionCache | None = None
     draft: GetSize | None = None
     padding_free: bool = False
+    counts_passes: bool = False
     is_cached: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -71,6 +74,8 @@ class ConvLlavaCollator(DataCollatorForVisionLanguageModeling):
                     raise ValueError(f"cannot prepare {describe_row(example)}: {cause}") from cause
             raise error
         self._cut(batch, examples)
+        if self.counts_passes:
+            batch["vision_passes"] = count_vision_passes(batch)
         for example, labels in zip(examples, batch["labels"], strict=True):
             if not (labels != -100).any():
                 logger.warning(f"no token to train on in {describe_row(example)}; it only takes time.")

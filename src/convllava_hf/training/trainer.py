@@ -228,6 +228,7 @@ class ConvLlavaTrainer(SFTTrainer):
             image_token_id=self.model.config.image_token_id,
             raw_pixels=self.args.normalize_on_device and self._normalization() is not None,
             vision_cache=cache,
+            counts_passes=self.model.config.model_type == "convllava",
             draft=get_draft(self.processing_class.image_processor, self.args.draft_photos or None),
         )
 
@@ -257,11 +258,22 @@ class ConvLlavaTrainer(SFTTrainer):
             mean, std = (value.to(pixels.device) for value in self._normalization())
             inputs["pixel_values"] = (pixels.float() - mean) / std
         if self.accelerator.num_processes > 1 and getattr(self.processing_class, "image_token", None) is not None:
-            passes = torch.tensor(count_passes(inputs, self.model.config), device=self.args.device)
-            torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
-            # At least one: DDP stops at a projector without a gradient.
-            inputs = add_passes(inputs, max(1, passes.item()), self.processing_class, self.model.config)
+            passes = 1  # also without images: DDP stops at a projector without a gradient
+            if self._sizes_vary():
+                found = inputs.get("vision_passes")
+                found = count_passes(inputs, self.model.config) if found is None else found
+                found = torch.tensor(found, device=self.args.device)
+                torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+                passes = max(passes, found.item())
+            inputs = add_passes(inputs, passes, self.processing_class, self.model.config)
         return inputs
+
+    def _sizes_vary(self) -> bool:
+        """Whether a batch may have images of several sizes, so that the tower runs more than once."""
+        if self.model.config.model_type != "convllava":
+            return False
+        settings = self.processing_class.image_processor
+        return settings.image_aspect_ratio == "native" or not settings.do_resize
 
     def _silence_padded_ids(self) -> None:
         """Gives ids that only round the vocabulary up no probability in TRL's fused output layer.

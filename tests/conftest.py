@@ -3,12 +3,15 @@
 import os
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 
+TRANSFORMERS_MARKS = ("generate", "flash_attn_test", "torch_compile_test", "torch_export_test", "onnx_export_test")
+TRANSFORMERS_MARKS += ("flash_attn_3_test", "flash_attn_4_test", "executorch_export_test")
 # This file is read before any test imports torch or huggingface_hub, which look at the environment once. The processes
 # of pytest-xdist inherit what the controlling process sets here, and so do the subprocesses that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,6 +28,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Shells start background jobs with Ctrl-C ignored, and the processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the marks of transformers' own suites known where they run, see `transformers_suite.py`."""
+    if "TRANSFORMERS_TESTS" in os.environ:
+        for mark in TRANSFORMERS_MARKS:
+            config.addinivalue_line("markers", mark)
+
+
+@pytest.fixture(autouse=True)
+def unquiet():
+    """Undoes what a command with `--quiet` leaves behind in the process that runs it."""
+    from convllava_hf.cli.options import QUIET_ENVIRONMENT
+
+    before = {name: os.environ.get(name) for name in QUIET_ENVIRONMENT}
+    yield
+    for name, value in before.items():
+        if value != os.environ.get(name):
+            os.environ.pop(name)
+            if "transformers" in sys.modules:
+                sys.modules["transformers"].logging.set_verbosity_warning()
 
 
 @pytest.fixture(autouse=True)

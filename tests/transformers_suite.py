@@ -136,7 +136,8 @@ def import_suite(name: str) -> ModuleType:
     if PACKAGE not in sys.modules:
         sys.path.insert(0, str(folder))
         if CHECKOUT:
-            importlib.import_module(PACKAGE).__path__.append(CHECKOUT)
+            sys.modules["tests"] = importlib.import_module(PACKAGE)  # some suites import others by this name
+            sys.modules["tests"].__path__.append(CHECKOUT)
         else:
             for suite, *mixins in LEFT_OUT:
                 supply_module(f"{PACKAGE}.{suite}", **{mixin: type(mixin, (), {}) for mixin in mixins})

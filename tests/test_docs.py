@@ -49,6 +49,31 @@ def test_links_that_leave_the_pages_become_names():
     assert load("site").on_page_markdown("[cards](../model_cards) [data](data.md)") == "`model_cards` [data](data.md)"
 
 
+def find_broken_links(page: Path) -> list[str]:
+    """Links of a page to files and headings that are not there."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        text = file.read_text(encoding="utf-8") if file.suffix == ".md" and file.exists() else ""
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not file.exists() or (anchor and anchor not in anchors):
+            broken.append(target)
+    return broken
+
+
+def test_links_lead_somewhere(tmp_path):
+    """Without mkdocs, so that every run checks it."""
+    pages = [*DOCS.glob("*.md"), *ROOT.glob("*.md")]
+    assert len(pages) >= 20
+    assert {page.name: broken for page in pages if (broken := find_broken_links(page))} == {}
+    (tmp_path / "page.md").write_text("# A `b`\n[good](#a-b) [bad](#c) [gone](gone.md) [far](https://example.com)")
+    assert find_broken_links(tmp_path / "page.md") == ["#c", "gone.md"]
+
+
 def test_commands_of_the_pages_parse():
     from typer.main import get_command
 

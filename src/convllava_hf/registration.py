@@ -44,17 +44,25 @@ class AfterImport(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]):
-        self.name, self.action = name, action
+        self.name, self.action, self.asks = name, action, False
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name:
+        if name != self.name or self.asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asks = True
+        try:
+            spec = importlib.util.find_spec(name)  # of the other finders
+        finally:
+            self.asks = False
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
+        # Who only asks whether a module is there does not come this far.
         def execute_and_act(module):
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             self.action(sys.modules[name])  # transformers puts another object into its place
 
         spec.loader.exec_module = execute_and_act

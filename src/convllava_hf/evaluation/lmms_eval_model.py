@@ -109,4 +109,4 @@ def convert_box(answer: str, width: int, height: int) -> str:
     if box is None:
         return answer
     placed = place_box(box, height, width) / [width, height, width, height]
-    return str([round(float(value), 4) for value in placed.clip(0, 1)])
+    return str([round(float(value), 4) for value in placed])

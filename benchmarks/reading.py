@@ -2,7 +2,7 @@
 
     python benchmarks/reading.py --model CHECKPOINT --budgets 144 256 576 --plot reading.png
 
-Draws documents (a lone number, plain lines, tables, receipts, bar charts) in this machine's fonts (Debian: fonts-dejavu,
+Draws documents (a lone digit, lines, tables, receipts, bar charts) in this machine's fonts (Debian: fonts-dejavu,
 fonts-liberation, fonts-freefont-ttf), asks for one word or number of each, and counts an answer as right that contains
 it. The bands are 95% intervals (Wilson). Nothing is downloaded.
 """
@@ -18,7 +18,7 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "/Libr
 NAMES = (
     "Apple Bread Candle Drill Envelope Flour Glass Hammer Iron Jacket Kettle Lamp Mirror Needle Orange Paper".split()
 )
-KINDS = ("number", "line", "table", "receipt", "chart")
+KINDS = ("digit", "line", "table", "receipt", "chart")
 
 
 def find_fonts() -> list[Path]:
@@ -59,11 +59,11 @@ def draw_document(kind: str, size: int, side: int, font_file: Path, rng: random.
     numbers = rng.sample(range(10, 1000), rows)
     chosen = rng.randrange(rows)
     left, top = rng.randint(size // 2, max(size // 2, side // 8)), rng.randint(size // 2, max(size // 2, side // 12))
-    if kind == "number":
-        number = str(rng.randint(10, 99))
-        place = (rng.randint(0, max(0, side - round(size * 1.3))), rng.randint(0, max(0, side - step)))
-        draw.text(place, number, "black", font)
-        return page, "Which number is on the page?", number
+    if kind == "digit":  # in the middle of a quarter, as on the pages of the quickstart
+        digit = str(rng.randrange(10))
+        place = (rng.choice((side // 4, side * 3 // 4)), rng.choice((side // 4, side * 3 // 4)))
+        draw.text(place, digit, "black", font, anchor="mm")
+        return page, "Which digit is on the page?", digit
     if kind == "line":
         draw.text((left, rng.randint(top, max(top, side - 2 * step))), f"{names[0]} {numbers[0]}", "black", font)
         return page, f"Which number stands after {names[0]}?", str(numbers[0])
@@ -100,7 +100,7 @@ def plot(rows: list[dict], file: Path) -> None:
     for budget in dict.fromkeys(row["tokens"] for row in rows):
         chosen = [row for row in rows if row["tokens"] == budget]
         sizes = [row["text size"] for row in chosen]
-        axes.plot(sizes, [row["accuracy"] for row in chosen], marker="o", label=f"{budget} tokens")
+        axes.plot(sizes, [row["accuracy"] for row in chosen], marker="o", label=f"{budget} token{'s' * (budget > 1)}")
         axes.fill_between(sizes, *([row[end] for row in chosen] for end in ("low", "high")), alpha=0.18)
     axes.set(xlabel="height of the text in pixels of the page", ylabel="read right, %", ylim=(-2, 102))
     axes.grid(alpha=0.3)

@@ -82,7 +82,7 @@ def evaluate(task: Path, output: Path, *arguments) -> tuple[float, list[str]]:
     (samples,) = output.rglob("*samples_local_reading.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     score = next(value for key, value in results.items() if key.startswith("exact,"))
-    return score, [row["filtered_resps"][0].strip() for row in rows]
+    return score, [row["filtered_resps"].strip() for row in rows]
 
 
 def test_the_answers_of_the_plugin_are_ours(converted, task, tmp_path):

@@ -2,9 +2,9 @@
 
     python benchmarks/reading.py --model CHECKPOINT --budgets 144 256 576 --plot reading.png
 
-Draws documents (plain lines, tables, receipts, bar charts) in the fonts that this machine has (Debian: fonts-dejavu,
+Draws documents (a lone digit, lines, tables, receipts, bar charts) in this machine's fonts (Debian: fonts-dejavu,
 fonts-liberation, fonts-freefont-ttf), asks for one word or number of each, and counts an answer as right that contains
-it. The bands are 95% intervals of resampled documents. Nothing is downloaded.
+it. The bands are 95% intervals (Wilson). Nothing is downloaded.
 """
 
 import argparse
@@ -18,7 +18,7 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "/Libr
 NAMES = (
     "Apple Bread Candle Drill Envelope Flour Glass Hammer Iron Jacket Kettle Lamp Mirror Needle Orange Paper".split()
 )
-KINDS = ("line", "table", "receipt", "chart")
+KINDS = ("digit", "line", "table", "receipt", "chart")
 
 
 def find_fonts() -> list[Path]:
@@ -59,6 +59,11 @@ def draw_document(kind: str, size: int, side: int, font_file: Path, rng: random.
     numbers = rng.sample(range(10, 1000), rows)
     chosen = rng.randrange(rows)
     left, top = rng.randint(size // 2, max(size // 2, side // 8)), rng.randint(size // 2, max(size // 2, side // 12))
+    if kind == "digit":  # in the middle of a quarter, as on the pages of the quickstart
+        digit = str(rng.randrange(10))
+        place = (rng.choice((side // 4, side * 3 // 4)), rng.choice((side // 4, side * 3 // 4)))
+        draw.text(place, digit, "black", font, anchor="mm")
+        return page, "Which digit is on the page?", digit
     if kind == "line":
         draw.text((left, rng.randint(top, max(top, side - 2 * step))), f"{names[0]} {numbers[0]}", "black", font)
         return page, f"Which number stands after {names[0]}?", str(numbers[0])
@@ -95,7 +100,7 @@ def plot(rows: list[dict], file: Path) -> None:
     for budget in dict.fromkeys(row["tokens"] for row in rows):
         chosen = [row for row in rows if row["tokens"] == budget]
         sizes = [row["text size"] for row in chosen]
-        axes.plot(sizes, [row["accuracy"] for row in chosen], marker="o", label=f"{budget} tokens")
+        axes.plot(sizes, [row["accuracy"] for row in chosen], marker="o", label=f"{budget} token{'s' * (budget > 1)}")
         axes.fill_between(sizes, *([row[end] for row in chosen] for end in ("low", "high")), alpha=0.18)
     axes.set(xlabel="height of the text in pixels of the page", ylabel="read right, %", ylim=(-2, 102))
     axes.grid(alpha=0.3)
@@ -110,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[6, 8, 10, 12, 16, 20, 28, 40], help="pixels of the text"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of documents (all)")
     parser.add_argument("--budgets", type=int, nargs="+", required=True, help="most tokens of an image")
     parser.add_argument("--side", type=int, default=1536, help="of the page in pixels (1536)")
     parser.add_argument("--documents", type=int, default=50, help="per size (50)")
@@ -120,11 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     import torch
+    from scipy.stats import binomtest
 
     import convllava_hf
     from convllava_hf.evaluation.metrics import compare_contains
     from convllava_hf.evaluation.run import make_local_answerer
-    from convllava_hf.evaluation.scores import mean_of
     from convllava_hf.evaluation.tasks import PROMPT_STYLES, Question
 
     loaded = convllava_hf.load(options.model, device=options.device)
@@ -132,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in options.sizes:
         rng = random.Random(f"{options.seed} {size}")
         documents = [
-            draw_document(KINDS[n % len(KINDS)], size, options.side, fonts[n % len(fonts)], rng)
+            draw_document(options.kinds[n % len(options.kinds)], size, options.side, fonts[n % len(fonts)], rng)
             for n in range(options.documents)
         ]
         for budget in options.budgets:
@@ -142,10 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
             for start in range(0, len(documents), options.batch):
                 batch = documents[start : start + options.batch]
                 texts += answer([Question(n, text, text, [page]) for n, (page, text, _) in enumerate(batch)])
-            right = [compare_contains(text, truth) for text, (_, _, truth) in zip(texts, documents, strict=True)]
-            low, high = mean_of(right).interval()
-            row = {"tokens": budget, "text size": size, "accuracy": mean_of(right).value(), "low": low, "high": high}
-            rows.append({**row, "documents": len(documents)})
+            right = sum(compare_contains(text, truth) for text, (_, _, truth) in zip(texts, documents, strict=True))
+            ends = binomtest(int(right), len(documents)).proportion_ci(method="wilson")
+            row = {"tokens": budget, "text size": size, "accuracy": 100 * right / len(documents)}
+            rows.append({**row, "low": 100 * ends.low, "high": 100 * ends.high, "documents": len(documents)})
     rows.sort(key=lambda row: (row["tokens"], row["text size"]))
     shown = [{key: f"{value:.1f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
     print_table("Reading", shown)

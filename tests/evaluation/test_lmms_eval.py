@@ -51,37 +51,71 @@ def compare(doc, results):
 """
 
 
-def test_the_answers_are_ours(converted, tmp_path):
-    """Half of the truths are what the model answers here, half are not: the score must be a half."""
+@pytest.fixture(scope="module")
+def task(converted, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder with a task, and our answers. Half of its truths are them, half are not: the score must be a half."""
     from datasets import Dataset
 
+    folder = tmp_path_factory.mktemp("task")
     model, processor = convllava_hf.load(converted, device="cpu")
-    rows = []
+    rows, said = [], []
     for number in range(6):
         image = Image.linear_gradient("L").convert("RGB").resize((64, 48 + 8 * (number % 2))).rotate(40 * number)
         question = f"What is {'this ' * (number + 1)}?"
-        said = convllava_hf.answer(model, processor, question, images=[image], max_new_tokens=6)
-        rows.append({"image": image, "question": question, "answer": said if number % 2 else f"not {said}"})
-    Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "local_reading.yaml").write_text(TASK.format(data=tmp_path / "data.parquet"))
-    (tasks / "local_reading.py").write_text(FUNCTIONS)
-    command = [PYTHON, "-m", "lmms_eval", "--model", "convllava", "--model_args", f"pretrained={converted}"]
-    command += ["--tasks", "local_reading", "--include_path", str(tasks), "--batch_size", "2", "--device", "cpu"]
-    command += ["--output_path", str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+        said.append(convllava_hf.answer(model, processor, question, images=[image], max_new_tokens=6))
+        rows.append({"image": image, "question": question, "answer": said[-1] if number % 2 else f"not {said[-1]}"})
+    Dataset.from_list(rows).to_parquet(folder / "data.parquet")
+    (folder / "local_reading.yaml").write_text(TASK.format(data=folder / "data.parquet"))
+    (folder / "local_reading.py").write_text(FUNCTIONS)
+    return folder, said
+
+
+def evaluate(task: Path, output: Path, *arguments) -> tuple[float, list[str]]:
+    """The score, and the answers in the order of the questions."""
+    command = [PYTHON, "-m", "lmms_eval", *arguments, "--tasks", "local_reading", "--include_path", str(task)]
+    command += ["--output_path", str(output), "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "home"), "OPENAI_API_KEY": "none"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = list(Path(tmp_path / "out").rglob("*results.json"))
+    found = list(output.rglob("*results.json"))
     assert found, (done.stdout + done.stderr)[-4000:]
     results = json.loads(found[0].read_text())["results"]["local_reading"]
-    assert next(value for key, value in results.items() if key.startswith("exact,")) == 0.5
+    (samples,) = output.rglob("*samples_local_reading.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    score = next(value for key, value in results.items() if key.startswith("exact,"))
+    return score, [row["filtered_resps"].strip() for row in rows]
 
 
-def test_boxes_are_those_of_the_unpadded_image():
-    code = (
-        "from convllava_hf.evaluation.lmms_eval_model import convert_box\nprint(convert_box('[0.25, 0.5, 0.75, 0.75]'"
-    )
-    done = subprocess.run([PYTHON, "-c", f"{code}, 200, 100))"], capture_output=True, text=True)
-    # 200 x 100 on a square of 200: 50 rows above. 0.5 of the square is row 100, of the image row 50 of 100.
-    assert done.stdout.splitlines()[-1] == "[0.25, 0.5, 0.75, 1.0]", done.stderr[-2000:]
+def test_the_answers_of_the_plugin_are_ours(converted, task, tmp_path):
+    arguments = ("--model", "convllava", "--model_args", f"pretrained={converted}", "--batch_size", "2")
+    assert evaluate(task[0], tmp_path, *arguments, "--device", "cpu") == (0.5, task[1])
+
+
+def test_the_answers_of_our_server_are_ours(converted, served, task, tmp_path):
+    """Without `timeout` a slow answer would be given up after 10 seconds, and its error scored as an answer."""
+    arguments = f"model_version={converted.name},base_url={served},timeout=600,num_concurrent=4"
+    assert evaluate(task[0], tmp_path, "--model", "openai", "--model_args", arguments) == (0.5, task[1])
+
+
+def test_boxes_overlap_as_in_the_original(reference):
+    """Its RefCOCO tasks compare fractions of the unpadded image; answers hold fractions of the padded square."""
+    folder = reference / "evaluation" / "refcoco"
+    code = """
+import json, sys
+from lmms_eval.tasks.refcoco.utils_rec import compute_iou, parse_float_sequence_within
+from convllava_hf.evaluation.lmms_eval_model import convert_box
+found = []
+for answer, row in json.load(sys.stdin):
+    (x1, y1, x2, y2), width, height = row["bbox"], row["width"], row["height"]
+    box = parse_float_sequence_within(convert_box(answer, width, height))
+    found.append(compute_iou(box, [x1 / width, y1 / height, x2 / width, y2 / height]))
+print(json.dumps(found))
+"""
+    expected = json.loads((folder / "expected.json").read_text())
+    for name in set(expected) - {"prompt_template", "pattern"}:
+        lines = [(folder / f"{file}.jsonl").read_text().splitlines() for file in (f"answers_{name}", name)]
+        pairs = [(json.loads(said)["answer"], json.loads(row)) for said, row in zip(*lines, strict=True)]
+        done = subprocess.run([PYTHON, "-c", code], input=json.dumps(pairs), capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        for overlap, sample in zip(found, expected[name]["per_sample"], strict=True):
+            assert (overlap >= 0.5) == sample["correct"]
+            assert overlap == pytest.approx(sample["iou"], abs=2e-3)

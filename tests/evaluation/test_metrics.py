@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from convllava_hf.evaluation.choices import (
@@ -33,6 +34,7 @@ from convllava_hf.evaluation.metrics import (
 )
 from convllava_hf.evaluation.mme import convert_mme, read_mme_truths, score_mme, score_mme_task
 from convllava_hf.evaluation.normalisers import normalise_vqa
+from convllava_hf.evaluation.run import write_submission
 from convllava_hf.evaluation.scores import read_json_lines
 
 
@@ -130,7 +132,7 @@ def test_gqa(folder):
     assert_equal(score.original, expected)
 
 
-def test_mmbench(folder):
+def test_mmbench(folder, tmp_path):
     room, expected = folder / "mmbench", read(folder / "mmbench" / "expected.json")
     rows = read_mmbench(room / "mmbench_dev_20230712.tsv")
     letter = "Answer with the option's letter from the given choices directly."
@@ -147,6 +149,10 @@ def test_mmbench(folder):
         assert_equal(prompts, expected[name], name)
     score = convert_mmbench(rows, read_json_lines(room / "answers.jsonl"))
     assert_equal(json.loads(json.dumps(score.original["submission"])), expected["submission"])
+    write_submission(tmp_path, score.original)
+    table = openpyxl.load_workbook(tmp_path / "submission.xlsx").active.iter_rows(values_only=True)
+    rows = [["" if cell is None else cell for cell in row] for row in table]
+    assert rows == [expected["submission"]["columns"], *expected["submission"]["rows"]]
 
 
 def test_seed(folder):

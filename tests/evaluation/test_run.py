@@ -355,12 +355,12 @@ def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", room / "text_questions.jsonl"]
     command += ["--output", tmp_path, "--judge-url", talk.url, "--references", room / "text_answers_ref.jsonl"]
     command = [str(part) for part in [*command, "--review-kind", "text"]]
-    judged = talk.reply
+    judged, talk.failures = talk.reply, 2
     talk.reply = lambda body: None if "12 times 11" in str(body) and len(body["messages"]) > 1 else judged(body)
     first = run(app, command)
     assert first.exit_code == 0, first.output
     assert json.loads((tmp_path / "results.json").read_text())["judge"]["without a review"] == [2]
-    talk.reply, asked = judged, len(talk.requests)
+    talk.reply, asked = lambda body: "I cannot tell.", len(talk.requests)
     assert run(app, command).exit_code == 0
     assert len(talk.requests) - asked == 1
     results = json.loads((tmp_path / "results.json").read_text())
@@ -372,3 +372,9 @@ def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     relative = results["numbers"]["relative score"]
     assert relative["ours"] == pytest.approx(75) and relative["original"] == 100
     assert results["problems"]["replies that the original cannot read"]["count"] == 4
+    assert results["problems"]["replies without two scores"] == {"count": 1, "first": [2]}
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join((room / "text_answers_ref.jsonl").read_text().splitlines(keepends=True)[1:]))
+    command[command.index("--references") + 1] = str(short)
+    refused = run(app, command)
+    assert refused.exit_code == 3 and "line 1 of" in refused.output and "not about one question" in refused.output

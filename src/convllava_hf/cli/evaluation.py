@@ -163,6 +163,8 @@ def evaluate(
 
 def review_answers(url, model, questions, references, context, kind, limit, predictions, output) -> dict:
     """Has a judge review the answers; results of it go beside them."""
+    from itertools import zip_longest
+
     from ..evaluation.client import Judge, connect, judge_answers
     from ..evaluation.gpt_review import build_requests
     from ..evaluation.scores import read_json_lines
@@ -170,7 +172,13 @@ def review_answers(url, model, questions, references, context, kind, limit, pred
     if references is None or (context is None and kind != "text"):
         raise ValueError("a review needs --references FILE, and --context FILE unless --review-kind text.")
     answered = {row["question_id"]: row for row in predictions}
-    rows = zip(read_json_lines(questions)[:limit], read_json_lines(references), strict=False)
+    rows = list(zip_longest(read_json_lines(questions)[:limit], read_json_lines(references)[:limit]))
+    for number, (question, reference) in enumerate(rows, 1):
+        if question is None or reference is None or question["question_id"] != reference["question_id"]:
+            raise ValueError(
+                f"line {number} of {questions} and of {references} are not about one question; they belong together by "
+                "their order, as in the original."
+            )
     pairs = [(question, reference) for question, reference in rows if question["question_id"] in answered]
     built = build_requests(
         [question for question, _ in pairs],

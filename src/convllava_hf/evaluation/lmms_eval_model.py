@@ -104,9 +104,9 @@ class ConvLlavaEval(lmms):
 
 
 def convert_box(answer: str, width: int, height: int) -> str:
-    """A box on the padded square as one on the image, in fractions; other answers stay."""
+    """A box on the padded square as one on the image, in fractions. What the original cannot read stays unreadable."""
     box = parse_box(answer)
     if box is None:
-        return answer
+        return answer.replace("[", "(")
     placed = place_box(box, height, width) / [width, height, width, height]
-    return str([round(float(value), 4) for value in placed.clip(0, 1)])
+    return str([round(float(value), 4) for value in placed])

@@ -41,7 +41,7 @@ h1 { font-size: 1.35rem; margin: .4rem 0 1rem; } h2 { font-size: 1.1rem; margin:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; } .soft { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-.bar { display: grid; grid-template-columns: minmax(6rem, 25%) 1fr 3.4rem; gap: .6rem; align-items: center;
+.bar { display: grid; grid-template-columns: minmax(7rem, 25%) 1fr 3.4rem; gap: .6rem; align-items: center;
   margin: .2rem 0; }
 .bar span { overflow-wrap: anywhere; } .bar .number { text-align: right; font-variant-numeric: tabular-nums; }
 .track { position: relative; background: #eef0f2; height: .9rem; border-radius: 2px; }
@@ -106,12 +106,12 @@ def render_overview(runs: list[tuple]) -> str:
         published, name = find_published(results["task"], run)
         numbers = results["numbers"].get(name) or next(iter(results["numbers"].values()), {})
         others = "; ".join(f"{model} {value:g}" for model, value in published.items()) or "none"
-        cells = [folder.name, results["task"], results["model"], results["questions"]]
-        cells += [format_number(numbers, rule) for rule in ("original", "ours")]
+        cells = [folder.name, *(format_number(numbers, rule) for rule in ("ours", "original"))]
+        cells += [results["questions"], results["task"], results["model"]]
         rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
         rows[-1] += f"<td class='soft' style='white-space: normal; min-width: 16rem'>{html.escape(others)}</td>"
     head = "".join(
-        f"<th>{cell}</th>" for cell in ("run", "task", "model", "questions", "original's rule", "our rule", "published")
+        f"<th>{cell}</th>" for cell in ("run", "our rule", "original's rule", "questions", "task", "model", "published")
     )
     note = "In brackets: the middle 95% of resampled questions. Published: as the READMEs of the originals say."
     table = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -179,7 +179,7 @@ def render_wrong(folder: Path, run: dict, most: int) -> str:
             except ValueError:  # an image that is gone since
                 picture = "<p class='warn'>image not found</p>"
         text = html.escape(question.prompt if question else str(outcome["question_id"]))
-        caption = f"{text}\n<span class='said'>{html.escape(answer)}</span>\n"
+        caption = f"{text}\n<span class='said'>{html.escape(answer) or '(empty)'}</span>\n"
         caption += f"<span class='truth'>{html.escape(outcome['truth'])}</span>"
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     title = f"<h3>Wrong answers: {len(figures)} of {len(outcomes)}; the answer in red, the truth in green</h3>"

@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from . import choices, gpt_review, grounding, metrics, mme
@@ -108,10 +109,6 @@ def read_mmbench_questions(path: Path, style: PromptStyle, suffix: str = LETTER)
         )
         for row in choices.build_mmbench_prompts(rows, suffix if style.suffix else "")
     ]
-
-
-def read_mmbench_cn_questions(path: Path, style: PromptStyle) -> list[Question]:
-    return read_mmbench_questions(path, style, LETTER_CN)
 
 
 def read_refcoco_questions(path: Path, style: PromptStyle) -> list[Question]:
@@ -311,7 +308,7 @@ def _score_reviews(files: Files) -> Score:
         names = ("*",) if "review" in str(files.predictions) else ("gpt4_text*", "reviews_*", "review_*")
         found = sorted(file for name in names for file in files.predictions.glob(f"{name}.jsonl"))
     score = gpt_review.score_reviews([row for file in found for row in read_json_lines(file)])
-    score.original["summary"] = {"dir" if is_folder else "files": gpt_review.print_summary(found)}
+    score.original["summary"] = dict.fromkeys(("files", "dir")[: 1 + is_folder], gpt_review.print_summary(found))
     if not is_folder:
         lines = gpt_review.print_llavar_summary(files.predictions, str(files.predictions))
         score.original["summary"]["llavar_variant"] = lines
@@ -360,7 +357,7 @@ TASKS = {
     "vizwiz": Task(read_llava_questions, _convert_vqa(metrics.convert_vizwiz)),
     "gqa": Task(read_llava_questions, _score_gqa),
     "mmbench": Task(read_mmbench_questions, _score_mmbench, 1024),
-    "mmbench_cn": Task(read_mmbench_cn_questions, _score_mmbench, 1024),
+    "mmbench_cn": Task(partial(read_mmbench_questions, suffix=LETTER_CN), _score_mmbench, 1024),
     "seed_bench": Task(read_llava_questions, _score_seed),
     "mmvet": Task(read_llava_questions, _score_mmvet, 1024),
     "mme": Task(read_llava_questions, _score_mme),

@@ -562,7 +562,7 @@ def test_what_is_missing_is_said(arguments, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(FileNotFoundError, match="no recipe 'stage9'; expected a YAML file or one of: convllava_stage1"):
+    with pytest.raises(FileNotFoundError, match="no recipe 'stage9'; expected a YAML file or one of: convllava_dpo"):
         run_recipe("stage9")
 
 

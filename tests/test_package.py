@@ -28,6 +28,7 @@ DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protob
 # transformers requires these itself and fixes their versions better than we could.
 THROUGH_TRANSFORMERS = {"numpy", "packaging", "pyyaml", "tokenizers"}
 THROUGH_DATASETS = {"pyarrow"}
+THROUGH_SCIKIT_LEARN = {"scipy"}
 # What loads a plugin of ours, and is there when that runs; what pins an older transformers and runs apart from us.
 HOSTS = {"lmms-eval", "llmcompressor"}
 HEAVY = {"torch", "torchvision", "transformers", "datasets", "trl", "peft", "timm", "gradio", "numpy"}
@@ -129,6 +130,8 @@ def test_every_import_is_declared(setup_cfg, folder, extras):
     declared = {name.lower() for name in read_requirements(setup_cfg, *extras)} | THROUGH_TRANSFORMERS | HOSTS
     if "datasets" in declared:
         declared |= THROUGH_DATASETS
+    if "scikit-learn" in declared:
+        declared |= THROUGH_SCIKIT_LEARN
     paths = [path for path in (ROOT / folder).rglob("*.py") if "reference" not in path.parts]
     shared = paths + list((ROOT / "examples" / "quickstart").glob("*.py"))  # a benchmark uses the quickstart's pages
     own = {"convllava_hf", "conftest", *(path.stem for path in shared), *(path.parent.name for path in paths)}

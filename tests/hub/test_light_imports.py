@@ -1,4 +1,4 @@
-"""What `info` and `doctor` load: a list of modules, since a time depends on the machine."""
+"""What `info`, `plan` and `doctor` load: a list of modules, since a time depends on the machine."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 
 
-# Two processes that import everything anew.
+# Processes that import everything anew.
 pytestmark = pytest.mark.slow
 
 # Each takes a second or more, and tells nothing about a checkpoint.
@@ -32,8 +32,8 @@ def tiny(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
-def list_modules(command: str, folder) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", RUN, command, str(folder)], capture_output=True, text=True)
+def list_modules(command: str, folder, *options: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", RUN, command, str(folder), *options], capture_output=True, text=True)
     code, modules = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, done.stderr
     return set(modules)
@@ -44,6 +44,13 @@ def test_info_builds_no_model(tiny):
     ours = {name for name in modules if name.startswith("convllava_hf.")}
     assert not modules & {*HEAVY, *MODELLING}
     assert not ours & {"convllava_hf.model.modeling_convllava", "convllava_hf.training.run"}
+
+
+def test_plan_loads_no_trainer(tiny):
+    """scipy comes with the losses that transformers imports for every model."""
+    modules = list_modules("plan", tiny, "--stage", "3")
+    assert not (modules - {"scipy"}) & {*HEAVY, *MODELLING}
+    assert {name for name in modules if name.startswith("convllava_hf.training.")} == {"convllava_hf.training.plans"}
 
 
 def test_doctor_loads_the_classes_of_one_model(tiny):

@@ -156,19 +156,23 @@ def test_code_files_of_a_checkpoint_are_those_of_the_package(checkpoint):
 
 
 def test_the_installed_code_wins_and_stock_tools_find_it_by_name(checkpoint):
-    module, name = run(
+    modules, name = run(
         """
         import json, transformers
-        from transformers import AutoConfig, AutoModelForImageTextToText
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+        classes = AutoImageProcessor, AutoProcessor, AutoModelForImageTextToText
+        loaded = [cls.from_pretrained(folder, trust_remote_code=True) for cls in classes]
+        modules = [type(part).__module__ for part in (*loaded, loaded[1].image_processor)]
         # `transformers serve` looks the architecture up on the module.
         architecture = AutoConfig.from_pretrained(folder).architectures[0]
-        print(json.dumps([type(model).__module__, getattr(transformers, architecture).__name__]))
+        print(json.dumps([modules, getattr(transformers, architecture).__name__]))
         """,
         checkpoint,
         "package",
     )
-    assert (module, name) == ("convllava_hf.model.modeling_convllava", "ConvLlavaForConditionalGeneration")
+    files = ("image_processing_convllava", "processing_convllava", "modeling_convllava", "image_processing_convllava")
+    assert modules == [f"convllava_hf.model.{file}" for file in files]
+    assert name == "ConvLlavaForConditionalGeneration"
 
 
 def test_peft_adapts_the_language_model_by_default(checkpoint):

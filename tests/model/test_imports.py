@@ -8,6 +8,8 @@ import sys
 HEAVY = ["torch", "torchvision", "transformers", "timm", "peft", "trl"]
 FIRST = {
     "a class by its name on transformers": "import transformers; transformers.ConvLlavaForConditionalGeneration",
+    "a class by its name, after asking whether transformers is there": "import importlib.util;"
+    "importlib.util.find_spec('transformers'); import transformers; transformers.ConvLlavaModel",
     "a processor by its name": "from transformers.models.auto import processing_auto;"
     "assert processing_auto.processor_class_from_name('ConvLlavaProcessor')",
     "the module of the processor": "import convllava_hf.model.processing_convllava",
@@ -42,7 +44,8 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
 def test_the_first_look_at_a_class_registers_all_of_them():
     """Each way in a process of its own, forked from one that has imported nothing but what all of them need."""
     code = f"""
-import accelerate, json, os, scipy.optimize, sympy, torch.distributed.fsdp, torch._dynamo, torchvision
+import json, os, scipy.optimize, sympy, sys, torch.distributed.fsdp, torch._dynamo, torchvision
+assert "transformers" not in sys.modules
 for way, first in {FIRST!r}.items():
     if os.fork():
         assert os.wait()[1] == 0, way

@@ -272,7 +272,8 @@ class Engine:
         self.batch_sizes: Callable[[int], None] = lambda size: None  # told the size of each batch
         self._waiting, self._announced, self._closed, self._changed = deque(), 0, False, Condition()
         self._running: list[Job] = []
-        self._expected, self._ended, self._took = 0, 0.0, 0.0  # who may come after the last batch, its end, its seconds
+        # Of the last batch: how many clients there were at the same time, its end, its seconds.
+        self._clients, self._ended, self._took = 0, 0.0, 0.0
         self._thread = Thread(target=self._run, name="convllava-engine", daemon=True)
         self._thread.start()
 
@@ -299,6 +300,7 @@ class Engine:
             if self.waiting >= self.max_queue:
                 raise RequestError("too many requests are waiting; try again", status=429, kind="rate_limit_error")
             self._announced += 1
+            self._clients = max(self._clients, self.waiting + sum(not job.done for job in self._running))
             self._changed.notify_all()
 
     def withdraw(self) -> None:
@@ -361,9 +363,9 @@ class Engine:
                 for job in jobs:
                     job.fail(error)
             finally:
-                self._running = []
                 self._ended = time.monotonic()
-                self._took, self._expected = self._ended - started, len(jobs) + self.waiting
+                self._took = self._ended - started
+                self._running = []
         for job in self._waiting:
             job.fail(RequestError("the server is shutting down", status=503, kind="server_error"))
 
@@ -374,7 +376,7 @@ class Engine:
             if self._closed:
                 return None
             # Without this, clients that ask again and again would split into groups that wait for each other.
-            expected = min(self._expected, self.max_batch)
+            expected = min(self._clients, self.max_batch)
             left = self._ended + self.batch_seconds - time.monotonic()
             self._changed.wait_for(lambda: self.waiting >= expected or self._closed, max(left, 0))
             self._changed.wait_for(
@@ -387,6 +389,7 @@ class Engine:
             # Rows are padded to the longest: a page of 576 tokens beside a greeting would cost both the page.
             similar = [job for job in self._waiting if abs(len(job.prompt.input_ids) - length) <= max(64, length // 2)]
             self._running = similar[: self.max_batch]
+            self._clients = self.waiting
             for job in self._running:
                 self._waiting.remove(job)
             return self._running

@@ -102,6 +102,7 @@ def grow(checkpoint: str, folder: str) -> str:
     text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.max_position_embeddings = 512, 1408, 8, 2048
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8, 8, 64
     vision.hidden_sizes, vision.depths = [48, 96, 192, 384, 512], [2, 2, 4, 2, 2]
+    text.initializer_range = 0.1  # with less, many tokens are nearly as likely as the first, and rounding decides
     set_image_size(processor.image_processor, 512)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

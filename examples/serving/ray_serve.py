@@ -150,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--detach", action="store_true", help="leave the replicas to the cluster, and end")
     options = parser.parse_args(arguments)
+    ray.init(address="auto" if options.detach else None)  # "auto" is the cluster that runs, and never a new one
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(build(options.checkpoint, options), name=NAME, blocking=not options.detach)
 

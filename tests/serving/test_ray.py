@@ -5,6 +5,7 @@ Needs `pip install "ray[data,serve]"`.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,26 +31,28 @@ pytest.importorskip("ray", reason="needs the extra `ray`")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def find_replicas(driver: int) -> set[int]:
-    """Processes of replicas that a driver started, by the titles that Ray gives them."""
-    parents, titles = {}, {}
+def list_processes(driver: int) -> dict[int, str]:
+    """The processes that a driver and its children started, and their command lines."""
+    parents, commands = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            titles[int(folder.name)] = (folder / "cmdline").read_text()
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            commands[int(folder.name)] = (folder / "cmdline").read_text()
         except OSError:
             continue
-        if fields[0] != "Z":
-            parents[int(folder.name)] = int(fields[1])
+        if state != "Z":
+            parents[int(folder.name)] = int(parent)
 
     def belongs(process: int) -> bool:
-        while process in parents:
-            if process == driver:
-                return True
-            process = parents[process]
-        return False
+        return process == driver or (process in parents and belongs(parents[process]))
 
-    return {process for process in parents if "ServeReplica:convllava:Replica" in titles[process] and belongs(process)}
+    return {process: commands[process] for process in parents if belongs(process)}
+
+
+def find_replicas(driver: int) -> set[int]:
+    """The processes of replicas, by the titles that Ray gives them."""
+    titles = list_processes(driver)
+    return {process for process in titles if "ServeReplica:convllava:Replica" in titles[process]}
 
 
 def wait_for(check, what: str, seconds: float = 240) -> None:
@@ -116,12 +119,16 @@ def test_a_replica_is_killed_and_no_request_is_lost(converted, server, pictures,
         [thread.start() for thread in threads]
         try:
             update = [*command[:-1], "48", "--port", str(port), "--detach"]
-            subprocess.run(update, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+            (address,) = set(re.findall(r"gcs-address=([\d.:]+)", " ".join(list_processes(process.pid).values())))
+            environment = {**ENVIRONMENT, "RAY_ADDRESS": address}
+            done = subprocess.run(update, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
             wait_for(lambda: len(statuses) >= answered + 6, "answers during the update")
         finally:
             ended.set()
             [thread.join() for thread in threads]
-        assert set(statuses) == {200} and not wrong
+        assert set(statuses) == {200}, [status for status in statuses if status != 200][:3]
+        assert not wrong, wrong[:3]
         wait_for(lambda: not old & find_replicas(process.pid), "the old replicas end")
         assert len(find_replicas(process.pid)) == 2
         process.send_signal(signal.SIGINT)

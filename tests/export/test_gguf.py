@@ -85,7 +85,7 @@ def test_of_a_convllava_the_language_model_goes_and_the_rest_is_named(converted,
     ("stored", "message"),
     [
         ({"text_config": {"model_type": "bloom"}}, "'bloom' cannot go to gguf"),
-        ({"text_config": {"model_type": "stablelm", "qk_layernorm": True}}, "qk_layernorm"),
+        ({"text_config": {"model_type": "phi", "qk_layernorm": True}}, "qk_layernorm"),
         ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "yarn"),
         ({"model_type": "llava", "vision_config": {"model_type": "dinov2"}}, "dinov2"),
         (
@@ -189,6 +189,7 @@ def measure_difference(ours: list[torch.Tensor], theirs: list[tuple[int, dict[in
         "llava_v0_delta",
         "llavar",
         "tinyllava_llama",
+        "tinyllava",
         "tinyllava_stablelm",
     ],
 )
@@ -214,7 +215,7 @@ def ask_about_an_image(folder, checkpoint) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["tinyllava_llama", "tinyllava_stablelm"])
+@pytest.mark.parametrize("family", ["tinyllava_llama", "tinyllava", "tinyllava_stablelm"])
 def test_llama_cpp_reads_an_image_through_siglip_as_the_checkpoint_does(convert_family, family, tmp_path):
     checkpoint = convert_family(family)
     assert "missing" not in export_checkpoint(checkpoint, "gguf", tmp_path / "out").summary()

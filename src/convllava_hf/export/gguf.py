@@ -3,7 +3,7 @@
 llama.cpp knows LLaVA's towers, CLIP and SigLIP, and no ConvNeXt: of a ConvLLaVA the language model alone can go.
 Everything is written in float32; llama.cpp's own `llama-quantize` makes it smaller.
 
-Source of the layout: ggml-org/llama.cpp, `conversion/` (`llama.py`, `stablelm.py`), `tools/mtmd/clip.cpp` and
+Source of the layout: ggml-org/llama.cpp, `conversion/` (`llama.py`, `phi.py`, `stablelm.py`), `tools/mtmd/clip.cpp` and
 `tools/mtmd/models/llava.cpp`.
 """
 
@@ -17,7 +17,7 @@ from ..checkpoints.weight_maps import ConversionError
 
 
 # Language models and what llama.cpp calls their architecture.
-TEXT_MODELS = {"llama": "llama", "mistral": "llama", "stablelm": "stablelm"}
+TEXT_MODELS = {"llama": "llama", "mistral": "llama", "phi": "phi2", "stablelm": "stablelm"}
 # By tower: its activation where the configuration names none, and which of its features llama.cpp projects.
 TOWERS = {"clip_vision_model": ("quick_gelu", "default"), "siglip_vision_model": ("gelu_pytorch_tanh", "full")}
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
@@ -143,6 +143,8 @@ def write_language_model(model: PreTrainedModel, processor: ProcessorMixin, path
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     weights = {f"model.{name}": weight for name, weight in model.model.language_model.state_dict().items()}
     weights |= {f"lm_head.{name}": weight for name, weight in model.get_output_embeddings().state_dict().items()}
+    if architecture == "phi2":  # llama.cpp wants the bias of Phi's scores, which a LLaVA on Phi does not have
+        weights.setdefault("lm_head.bias", torch.zeros(config.vocab_size))
     for name, weight in weights.items():
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:

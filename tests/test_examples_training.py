@@ -11,7 +11,6 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 from PIL import Image
-from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 from convllava_hf.data.build import build_dataset
@@ -81,26 +80,6 @@ def test_preferences(tmp_path, monkeypatch):
     right = [{"role": "assistant", "content": [{"type": "text", "text": "Blue."}]}]
     assert made["chosen"][:] == [right] * 2
     assert all(len(answer) == 1 and answer != right for answer in made["rejected"])
-
-
-@pytest.mark.slow  # needs LLMCOMPRESSOR_PYTHON: an environment with llm-compressor, which pins an older transformers
-@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
-def test_quantize(scheme, tmp_path):
-    """The linear layers of the language model and no others are stored in fewer bits."""
-    python = os.environ.get("LLMCOMPRESSOR_PYTHON") or pytest.skip("set LLMCOMPRESSOR_PYTHON")
-    checkpoint, data = save_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "data"
-    Image.new("RGB", (90, 60), "red").save(tmp_path / "page.png")
-    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
-    text = [{"from": "human", "value": "And the sky?"}, {"from": "gpt", "value": "Blue."}]
-    rows = [{"id": "1", "image": "page.png", "conversations": turns}, {"id": "2", "conversations": text}]
-    (tmp_path / "my.json").write_text(json.dumps(rows))
-    build_dataset([(tmp_path / "my.json", tmp_path)], data)
-    command = [python, str(EXAMPLES / "training" / "quantize.py"), "--model", str(checkpoint), "--scheme", scheme]
-    command += ["--output", str(tmp_path / "out"), *(["--data", str(data)] if scheme == "W4A16" else [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    packed = {name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith("_scale")}
-    assert len(packed) == 2 * 7 and all("language_model" in name for name in packed)
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

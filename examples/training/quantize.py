@@ -48,10 +48,9 @@ if arguments.data:
     rows = rows.select(range(min(arguments.rows, len(rows))))
     rows = rows.map(prepare, remove_columns=rows.column_names)
     recipe = GPTQModifier(targets="Linear", scheme=arguments.scheme, ignore=IGNORE)
-    oneshot(
-        model=model, processor=processor, dataset=rows, recipe=recipe, data_collator=collate,
-        num_calibration_samples=len(rows), max_seq_length=4096, trust_remote_code_model=True,
-    )  # fmt: skip
+    settings = {"num_calibration_samples": len(rows), "max_seq_length": 4096, "trust_remote_code_model": True}
+    settings["pipeline"] = "basic"  # the others trace the model's code, which they cannot
+    oneshot(model=model, processor=processor, dataset=rows, recipe=recipe, data_collator=collate, **settings)
 else:
     recipe = QuantizationModifier(targets="Linear", scheme=arguments.scheme, ignore=IGNORE)
     oneshot(model=model, processor=processor, recipe=recipe, trust_remote_code_model=True)

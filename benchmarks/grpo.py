@@ -3,7 +3,7 @@
 The recipe `convllava_grpo` trains the quickstart's checkpoint through the code of `trl grpo`, on new pages, with the
 reward of the recipe: 1 for the right answer, else 0. Before and after, questions about held-out pages are answered with
 the most likely token ("greedy") and by sampling at temperature 1 ("sampled"), which is what GRPO improves directly.
-Questions of the other tasks show what is forgotten. Learning rate and number of steps were chosen on validation pages.
+Questions of the other tasks show what is forgotten. The learning rate was chosen on validation pages, in short runs.
 
 - "count": the quickstart's counting questions, about pages of shapes. It was trained on them.
 - "count among digits": the same question about pages of shapes and digits, of which it only learned descriptions.

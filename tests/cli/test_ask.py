@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -161,6 +162,14 @@ def test_wrong_options_are_refused_before_anything_loads():
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert "Error" in err
+
+
+def test_a_template_of_strangers_is_tried_in_bounds(checkpoint, tmp_path):
+    bomb = shutil.copytree(checkpoint, tmp_path / "bomb")
+    (bomb / "chat_template.jinja").write_text("{{ 'a' * 2000000 }}")
+    code, stdout, stderr = run("ask", QUESTION, "-m", bomb)
+    assert (code, stdout) == (3, "")
+    assert "2000000 characters" in stderr
 
 
 def test_what_the_machine_lacks_gives_another_exit_code(checkpoint, monkeypatch):

@@ -296,13 +296,14 @@ def load_model(model, device, dtype, quantize, attn_implementation, revision, tr
     """Registers our classes, which the package leaves to the commands, and loads; arguments as for `inference.load`."""
     from transformers import set_seed
 
+    from ..checkpoints.templates import render_chat_template
     from ..inference.load import load
     from ..registration import register
 
     register()
     if seed is not None:
         set_seed(seed)
-    return load(
+    loaded = load(
         model,
         device=device,
         dtype=dtype,
@@ -312,6 +313,10 @@ def load_model(model, device, dtype, quantize, attn_implementation, revision, tr
         trust_remote_code=trust_remote_code,
         runtime=runtime,
     )
+    if loaded[1].chat_template:  # of strangers: a question of one word must not take the machine
+        content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
+        render_chat_template(loaded[1], [{"role": "user", "content": content}])
+    return loaded
 
 
 def print_stream(stream) -> None:

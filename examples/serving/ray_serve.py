@@ -12,7 +12,8 @@ what was sent is not sent again. (Sampling repeats, as every request has a seed.
 differ from its beginning by rounding.)
 
 For a cluster: `ray start --head` on one machine, `ray start --address=...` on the others, this script on the first.
-Started once more with another model or other settings, with `--detach`, it replaces the replicas one by one and ends.
+Started there once more with another model or other settings, with `--detach`, it replaces the replicas one by one and
+ends; a cluster that this script has started by itself lets no other process in.
 """
 
 import argparse

@@ -5,7 +5,6 @@ Needs `pip install "ray[data,serve]"`.
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -110,29 +109,6 @@ def test_a_replica_is_killed_and_no_request_is_lost(converted, server, pictures,
         refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": [], "tools": []})
         assert refused.status_code == 400 and "tools" in refused.json()["error"]["message"]
         assert f'convllava_requests_total{{status="200"}} {len(statuses)}' in httpx.get(f"{url}/metrics").text
-
-        # Another run with other settings replaces the replicas one by one.
-        old = find_replicas(process.pid)
-        ended.clear()
-        answered = len(statuses)
-        threads = [threading.Thread(target=ask, args=(number, url)) for number in range(2)]
-        [thread.start() for thread in threads]
-        try:
-            update = [*command[:-1], "48", "--port", str(port), "--detach"]
-            (address,) = set(re.findall(r"gcs-address=([\d.:]+)", " ".join(list_processes(process.pid).values())))
-            environment = {**ENVIRONMENT, "RAY_ADDRESS": address}
-            done = subprocess.run(update, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
-            wait_for(lambda: len(statuses) >= answered + 6, "answers during the update")
-        finally:
-            ended.set()
-            [thread.join() for thread in threads]
-        assert set(statuses) == {200}, [status for status in statuses if status != 200][:3]
-        assert not wrong, wrong[:3]
-        wait_for(lambda: not old & find_replicas(process.pid), "the old replicas end")
-        assert len(find_replicas(process.pid)) == 2
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
 
 
 def test_two_workers_answer_a_folder_and_go_on_where_they_stopped(converted, server, pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def run_vllm(
     command += ["--limit-mm-per-prompt", f'{{"image": {MAX_IMAGES}}}']
     command += ["--revision", revision] if revision else []
     command += [*(["--trust-remote-code"] if trust_remote_code else []), *arguments]
+    # uvicorn hands SIGTERM on when it is done, which would end this process before the one below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # The key is in the environment, as other users of the machine can read a command line.
     process = subprocess.Popen(command, env={**os.environ, "VLLM_API_KEY": key})
     try:

@@ -53,6 +53,7 @@ ZIP_START = b"PK\x03\x04"
 # Bounds for files of strangers: of a JSON file, and of the header of a weight file (safetensors' own).
 JSON_BYTES = 500 * 10**6
 HEADER_BYTES = 100 * 10**6
+NAME_BYTES = 255  # the longest name of a file that systems take
 # Tensors may share memory in a file, as tied weights do. More bytes of tensors than this many files is no checkpoint.
 MAX_SHARING = 8
 
@@ -105,6 +106,8 @@ def read_index(path: Path) -> dict[str, str]:
             raise ConversionError(
                 f"{path} lists the file {name!r}; expected one beside it. Do not use this checkpoint."
             )
+        if len(name.encode(errors="replace")) > NAME_BYTES:
+            raise ConversionError(f"{path} lists a file of {len(name)} characters, {name[:40]!r} and on. Get it again.")
     return index
 
 

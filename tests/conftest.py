@@ -45,10 +45,12 @@ def unquiet():
     before = {name: os.environ.get(name) for name in QUIET_ENVIRONMENT}
     yield
     for name, value in before.items():
-        if value != os.environ.get(name):
-            os.environ.pop(name)
-            if "transformers" in sys.modules:
-                sys.modules["transformers"].logging.set_verbosity_warning()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_warning()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What every test shares: no network, a Hugging Face home of its own, one torch thread per test process."""
 
+import logging
 import os
 import signal
 import socket
@@ -39,11 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def unquiet():
-    """Undoes what a command with `--quiet` leaves behind in the process that runs it."""
+    """Undoes what quiets a process: a command with `--quiet`, and OpenVINO's frontend, which raises the root's level."""
     from convllava_hf.cli.options import QUIET_ENVIRONMENT
 
+    level = logging.root.level
     before = {name: os.environ.get(name) for name in QUIET_ENVIRONMENT}
     yield
+    logging.root.setLevel(level)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def unquiet():
-    """Undoes what quiets a process: a command with `--quiet`, and OpenVINO's frontend, which raises the root's level."""
+    """Undoes what quiets a process: `--quiet` of a command, and OpenVINO, which raises the level of the root logger."""
     from convllava_hf.cli.options import QUIET_ENVIRONMENT
 
     level = logging.root.level

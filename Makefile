@@ -41,7 +41,7 @@ help:  ## list the targets and the variables
 	@echo "Targets (the first one that needs it creates $(VENV) and installs into it, about 6 GB with torch):"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
 	@echo "Variables:"
-	@echo "  PYTHON=python3    the interpreter that new environments are made with (3.10 or newer)"
+	@echo "  PYTHON=python3    the interpreter that new environments are made with (3.11 or newer)"
 	@echo "  VENV=.venv        the environment; name an existing one and only what it lacks is installed"
 	@echo "  PY=python         an interpreter to use exactly as it is: nothing is created or installed"
 	@echo "  INSTALLER=uv      uv, or pip (which reads pip's own configuration of indexes)"
@@ -90,8 +90,8 @@ clean:  ## remove what runs and builds left behind; the environments stay
 
 %/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: name a Python with PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but 3.10 or newer is needed: name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but 3.11 or newer is needed: name one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $*
 
 # Needs: $(1) the environment. Puts uv into it, or says what is missing.

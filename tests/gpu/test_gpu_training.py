@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import pytest
+from packaging.version import Version
 
 
 pytestmark = pytest.mark.gpu
@@ -76,10 +77,12 @@ def test_fsdp2_on_one_device_trains_as_the_whole_model(device, checkpoint, batch
     assert losses["whole"][-1] < losses["whole"][0]
 
 
-def test_8_bit_optimizer_trains_and_keeps_its_moments_in_8_bits(load_model, batch, put):
+def test_8_bit_optimizer_trains_and_keeps_its_moments_in_8_bits(load_model, batch, put, device):
     import torch
 
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+    if device.type == "cpu" and Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("old bitsandbytes (0.46.1) has optimizers for GPUs alone")
     model = load_model().train()
     optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-3)
     losses = train(model, optimizer, put(batch), 5)

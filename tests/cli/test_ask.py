@@ -12,7 +12,9 @@ from _thread import interrupt_main
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import LogitsProcessor
 from typer.testing import CliRunner
@@ -111,6 +113,32 @@ def test_ask_takes_several_images_and_a_budget(checkpoint, image):
         assert code == 0
         tokens.append(json.loads(out)["image_tokens"])
     assert tokens == [8, 2, 0]
+
+
+class Touch:
+    """Unpickled where everything is allowed, makes a file through os.system."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+def test_ask_runs_nothing_of_a_pickle_and_says_so_in_one_line(checkpoint, tmp_path):
+    hostile, mark = tmp_path / "hostile", tmp_path / "executed"
+    shutil.copytree(checkpoint, hostile)
+    weights = load_file(hostile / "model.safetensors")
+    (hostile / "model.safetensors").unlink()
+    torch.save({**weights, "more": Touch(mark)}, hostile / "pytorch_model.bin")
+    result = run_process(CONVLLAVA, "ask", QUESTION, "-m", hostile, "--device", "cpu", "--quiet")
+    assert (result.returncode, result.stdout) == (3, ""), result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert f"{str(hostile)!r} cannot be read: unpickling them asks for 'posix.system'" in result.stderr
+    assert "weights_only" not in result.stderr  # torch advises to let it run
+    assert not mark.exists()
+    torch.load(hostile / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # so the file is what it is meant to be
 
 
 @pytest.mark.parametrize("marker", [(), ("-",)])

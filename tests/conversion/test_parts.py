@@ -1,7 +1,9 @@
 """Adapters merged, projectors taken out and put in, in both directions and without losing a bit."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,24 @@ def test_projectors_that_do_not_fit(checkpoint, other_projector, tmp_path):
     with pytest.raises(ConversionError, match="exists; choose another --output"):
         extract_projector(checkpoint, path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 4000, 8000])
+@pytest.mark.parametrize("name", ["mm_projector.bin", "projector.safetensors"])
+def test_projector_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path, name, limit):
+    """A real limit of the system (`ulimit -f`) ends the writing, in torch's and in safetensors' writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        done = CliRunner().invoke(app, ["extract-projector", str(checkpoint), "--output", str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert done.exit_code == 3 and done.stdout == "", done.output
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: writing {tmp_path / name} failed: ")
+    assert "Nothing was left there; choose another --output." in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_commands(checkpoint, adapter, tmp_path):

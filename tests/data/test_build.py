@@ -114,6 +114,45 @@ def test_broken_json_is_named(tmp_path, text, error):
         list(iterate_json(tmp_path / "x.json"))
 
 
+BAD_LINES = [
+    (b'{"id": 1 "conversations": []}', "no valid JSON near"),
+    (b'{"id": 1, "conversations": [', "no valid JSON near"),
+    (b'{"id": "never closed', "Unterminated string"),
+    (b"<html>", "no valid JSON near '<html>"),
+    (b"\xff", "no"),
+    (b'{"id": "\xff", "conversations": []}', "is not UTF-8 near"),
+]
+
+
+@pytest.mark.parametrize("block", [7, 2**20])
+@pytest.mark.parametrize("holdout", [0, 1])
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, monkeypatch, block, holdout):
+    monkeypatch.setattr(llava_rows, "BLOCK", block)
+    good = json.dumps(talk("What?", "ä"), ensure_ascii=False).encode()
+    lines = [good, *(line for bad, _ in BAD_LINES for line in (bad, good)), b'{"id": "cut']
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    report = build([(tmp_path / "x.jsonl", None)], tmp_path / "out", on_error="skip", holdout=holdout)
+    kept = report.totals["written"] + report.totals["held_out"] + report.totals.get("shares_image", 0)
+    assert kept == len(BAD_LINES) + 1
+    assert [(bad["row"], bad["line"], bad["kind"]) for bad in report.bad_rows] == [
+        (number, number + 1, "malformed row") for number in range(1, len(lines), 2)
+    ]
+    for bad, error in zip(report.bad_rows, [*(error for _, error in BAD_LINES), "Unterminated string"], strict=True):
+        assert error in bad["error"]
+        bad["text"].encode()
+    with pytest.raises(ValueError, match=r"x.jsonl, row 1 \(line 2\): malformed row: no valid JSON"):
+        build([(tmp_path / "x.jsonl", None)], tmp_path / "stopped")
+
+
+def test_a_list_that_is_no_utf8_names_the_line(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'[{"a": 1},\n {"b":\n "\xff"}, {}]')
+    with pytest.raises(ValueError, match=r"x.json, row 1 \(line 3\): is not UTF-8 near"):
+        list(iterate_json(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_bytes('[{"a": 1}]'.encode("utf-16"))
+    with pytest.raises(ValueError, match="x.json: is not UTF-8 at its beginning; convert the file"):
+        list(iterate_json(tmp_path / "x.json"))
+
+
 def test_the_working_directory_is_a_root_like_any_other(tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
     assert find_image("a.png", Path(".")) == root / "a.png"
@@ -123,7 +162,7 @@ def test_the_working_directory_is_a_root_like_any_other(tmp_path, root, monkeypa
 
 def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_bytes('[{"a": "ä"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"x.json, row 0: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"x.json, row 0 \(line 1\): is not UTF-8 near .*\\udce4"):
         list(iterate_json(tmp_path / "x.json"))
     monkeypatch.setattr(llava_rows, "LONGEST_ROW", 1000)
     monkeypatch.setattr(llava_rows, "BLOCK", 100)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils.logging import disable_propagation, enable_propagation
 from typer.testing import CliRunner
 
 from convllava_hf.checkpoints.reading import CheckpointReader
@@ -45,6 +46,24 @@ def copy(tiny, tmp_path) -> Path:
 
 def count(folder: Path) -> int:
     return sum(torch.Size(stored.shape).numel() for stored in CheckpointReader(folder).tensors.values())
+
+
+@pytest.mark.parametrize("command", ["info", "doctor"])
+@pytest.mark.parametrize("after", ["first rename", "second rename"])
+def test_a_model_that_a_killed_run_left_beside_its_place_is_named(copy, caplog, command, after):
+    """As a kill in the middle of `--force` leaves it: the first rename takes the old model away."""
+    old = copy.with_name(f".copy.replaced-{command}")
+    copy.rename(old)
+    if after == "second rename":
+        shutil.copytree(old, copy)
+    enable_propagation()
+    try:
+        done = CliRunner().invoke(app, [command, str(copy)])
+    finally:
+        disable_propagation()
+    assert done.exit_code == (0 if after == "second rename" else 3), done.output
+    way = "delete it if it is not needed" if after == "second rename" else "rename it to get it back"
+    assert f"{old} is the model that was at {copy} before a run was killed; {way}." in caplog.text
 
 
 # ---- info

@@ -18,8 +18,10 @@ from convllava_hf.training.runs import (
     claim_output,
     find_damage,
     find_last_checkpoint,
+    place_checkpoint,
     remove_checkpoints,
     replace_model,
+    restore_checkpoints,
     write_manifest,
 )
 
@@ -112,6 +114,73 @@ def test_lock_of_a_killed_run_is_free(tmp_path):
         assert not (tmp_path / UNFINISHED).exists()
 
 
+def read_weights(output: Path, step: int) -> bytes:
+    return (output / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("is_new_whole", [True, False])
+def test_checkpoint_whose_replacement_was_killed_is_put_back(tmp_path, is_new_whole):
+    """Old and new lie in the folder of unfinished things, as between the two renames; the new one counts if whole."""
+    save_checkpoint(tmp_path, 2)
+    (tmp_path / "_run.json").write_text(json.dumps(RUN))
+    old = save_checkpoint(tmp_path / UNFINISHED, 4)
+    old.rename(old.with_name("checkpoint-4.replaced"))
+    new = save_checkpoint(tmp_path / UNFINISHED, 4)
+    (new / "model.safetensors").write_bytes(b"new!" if is_new_whole else b"new")
+    with claim_output(tmp_path, RUN, resume=True, replace=False):
+        assert find_last_checkpoint(tmp_path).name == "checkpoint-4"
+        assert read_weights(tmp_path, 4) == (b"new!" if is_new_whole else bytes(4))
+        assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_damaged_checkpoint_gives_way_to_a_whole_one_that_was_to_replace_it(tmp_path):
+    (save_checkpoint(tmp_path, 4) / "model.safetensors").write_bytes(b"cut")
+    save_checkpoint(tmp_path / UNFINISHED, 4)
+    restore_checkpoints(tmp_path)
+    assert find_damage(tmp_path / "checkpoint-4") is None and not (tmp_path / UNFINISHED).exists()
+
+
+def test_kill_between_the_renames_loses_no_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 4)
+    (save_checkpoint(tmp_path / UNFINISHED, 4) / "model.safetensors").write_bytes(b"new!")
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from convllava_hf.training.runs import UNFINISHED, place_checkpoint\n"
+        "folder, rename = Path(sys.argv[1]), Path.rename\n"
+        "Path.rename = lambda path, to: rename(path, to) and os.kill(os.getpid(), 9)\n"
+        "place_checkpoint(folder / UNFINISHED / 'checkpoint-4', folder / 'checkpoint-4')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "checkpoint-4").exists()
+    restore_checkpoints(tmp_path)
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-4" and read_weights(tmp_path, 4) == b"new!"
+
+
+def test_old_checkpoint_returns_when_the_new_one_cannot_be_moved(tmp_path):
+    save_checkpoint(tmp_path, 4)
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / UNFINISHED).mkdir()
+        place_checkpoint(tmp_path / UNFINISHED / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert find_damage(tmp_path / "checkpoint-4") is None
+
+
+def test_checkpoints_of_no_known_run_are_resumed_only_by_name(tmp_path, warnings):
+    """Without the file that tells of the run they may be another's; a folder that holds a model alone is no run."""
+    named = save_checkpoint(tmp_path / "run", 2)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for folder, resume in ((named.parent, True), (tmp_path / "model", True), (tmp_path / "model", str(named))):
+        with pytest.raises(ValueError, match="no _run.json, so nothing tells .*--resume_from_checkpoint .*-STEP"):
+            with claim_output(folder, RUN, resume, replace=False):
+                pass
+        assert not (folder / "_run.json").exists()
+    with claim_output(named.parent, RUN, str(named), replace=False):
+        assert "nothing tells whether" in warnings.text
+    with claim_output(named.parent, RUN, resume=True, replace=False):  # from then on it is known
+        pass
+
+
 def test_saved_model_leaves_no_weights_of_the_one_before(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
@@ -138,6 +207,17 @@ def test_used_folder_is_refused_before_anything_is_loaded(parts, tmp_path):
     parts = ["--model_name_or_path", "nowhere", *parts[2:], "--output_dir", str(tmp_path / "used")]
     with pytest.raises(ValueError, match="was used before"):
         run_recipe("tiny_cpu_stage1", parts)
+
+
+def test_last_of_an_unknown_run_is_refused_before_anything_is_loaded(parts, tmp_path):
+    from convllava_hf.training.run import run_recipe
+
+    save_checkpoint(tmp_path, 2)
+    parts = ["--model_name_or_path", str(tmp_path / "nowhere"), *parts[2:], "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="has no _run.json"):
+        run_recipe("tiny_cpu_stage1", [*parts, "--resume_from_checkpoint", "last"])
+    with pytest.raises(OSError, match="nowhere"):
+        run_recipe("tiny_cpu_stage1", [*parts, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,43 @@ def test_a_flipped_bit_is_noticed_and_the_entry_removed(cache):
     assert torch.equal(cache.load(key)[0], features)
 
 
+def test_no_flipped_bit_is_taken_for_features_or_stays(cache):
+    """Every bit of the header, and a few of the values: noticed, and the entry removed, or of no effect."""
+    key = store_one(cache)
+    path = cache.get_path(key)
+    whole = path.read_bytes()
+    features, size = cache.load(key)
+    features = features.clone()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    assert whole.index(b"features") < header
+    places = [*range(8 * header), *range(8 * header, 8 * len(whole), 997)]
+    noticed = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.unlink(missing_ok=True)
+        path.write_bytes(damaged)
+        cache.is_whole(key)
+        try:
+            found = cache.load(key)
+        except ValueError as error:
+            assert "was damaged" in str(error) and not path.exists()
+            noticed += 1
+        else:  # blanks at the end of the header, for instance
+            assert torch.equal(found[0], features) and found[1] == size, f"bit {place}"
+    assert noticed > 0.95 * len(places)
+
+
+@pytest.mark.parametrize("length", [0, 5, 30, -1])
+def test_an_entry_that_was_cut_after_the_start_is_removed_when_it_is_read(cache, length):
+    key = store_one(cache)
+    path = cache.get_path(key)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="was damaged"):
+        cache.load(key)
+    assert not path.exists()
+
+
 def test_another_configuration_of_the_tower_is_another_cache(cache, parts, tmp_path):
     """Equal weights do not make equal features: the activation is in the configuration alone."""
     model, image_processor = parts

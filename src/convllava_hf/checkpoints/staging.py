@@ -38,6 +38,10 @@ EXPORT_MANIFEST = "export.json"
 HASHED_BYTES = 2**20
 
 
+# What torch's own writer says of a write that the system cut short.
+TORCH_WRITE_ERRORS = ("iostream error", "PytorchStreamWriter failed", "unexpected pos ")
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -131,7 +135,7 @@ def find_error_number(error: BaseException | None) -> int | None:
             return number
         if found := re.search(r"os error (\d+)", str(error)):
             return int(found[1])
-        if "iostream error" in str(error) or "PytorchStreamWriter failed" in str(error):  # torch's own writer
+        if any(words in str(error) for words in TORCH_WRITE_ERRORS):
             return errno.EIO
         error = error.__cause__
     return None
@@ -173,6 +177,13 @@ def find_replaced(output: Path) -> Path | None:
     return next(iter(sorted(output.parent.glob(f".{glob.escape(output.name)}.replaced-*"))), None)
 
 
+def name_replaced(output: Path):
+    """Warns of the model that a killed run left beside `output`, see `find_replaced`."""
+    if old := find_replaced(output):
+        way = "delete it if it is not needed" if os.path.lexists(output) else "rename it to get it back"
+        logger.warning_once(f"{old} is the model that was at {output} before a run was killed; {way}.")
+
+
 def check_output(output: Path, force: bool):
     """Checks that a result may be put at `output`, before any work is done.
 
@@ -180,9 +191,7 @@ def check_output(output: Path, force: bool):
         ConversionError: a file or folder is there; with `force`, only if it holds anything that this package did not
             make. Also a mount point, and a place that takes no files.
     """
-    if old := find_replaced(output):
-        way = "delete it if it is not needed" if os.path.lexists(output) else "rename it to get it back"
-        logger.warning_once(f"{old} is the model that was at {output} before a run was killed; {way}.")
+    name_replaced(output)
     parent = next(parent for parent in output.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConversionError(f"{parent} is no folder that takes files. Choose another --output.")

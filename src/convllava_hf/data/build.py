@@ -41,6 +41,7 @@ from .rows import (
     count_images,
     cut_messages,
     iterate_json,
+    parse_row,
 )
 from .sources import Source, check_sources, count_copies, name_apart
 
@@ -395,7 +396,7 @@ def _build_shard(shard: _Shard, settings: Settings, keep: bool) -> list[dict]:
         name = None
         try:
             with blame_row():
-                source_row = json.loads(text)
+                source_row = parse_row(text)
                 name = source_row.get("id") if isinstance(source_row, dict) else None
                 name = None if name is None else str(name).encode(errors="replace").decode()
                 row, length = _make_row(source_row, shard.source, settings, counts)

@@ -6,11 +6,10 @@ all image roots share; copies under other names are not noticed. Rows without an
 """
 
 import hashlib
-import json
 import os
 from array import array
 
-from .rows import BadRow, blame_row, iterate_json
+from .rows import BadRow, blame_row, iterate_json, parse_row
 from .sources import Source, count_copies
 
 
@@ -61,7 +60,7 @@ def _name_images(text: str, source: Source, base: str) -> list[str]:
     """Where the images of a row lie below `base`; none in rows that are bad anyway."""
     try:
         with blame_row():
-            names = json.loads(text).get("image") or []
+            names = parse_row(text).get("image") or []
             names = [names] if isinstance(names, str) else names
             if source.image_root is None:
                 return []

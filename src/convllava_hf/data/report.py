@@ -104,7 +104,7 @@ def report_bad_row(error: BadRow, file: Path, row: int, *, text: str = "", **mor
     """
     found = {key: value for key, value in more.items() if value is not None}
     entry = {"file": str(file), "row": row, **found, "kind": error.kind, "error": " ".join(str(error.error).split())}
-    return {**entry, **({"text": text[:EXCERPT]} if text else {})}
+    return {**entry, **({"text": text[:EXCERPT].encode(errors="replace").decode()} if text else {})}
 
 
 def describe_bad_row(bad: dict) -> str:

@@ -56,17 +56,38 @@ def blame_row() -> Iterator[None]:
 
 
 class RowText(NamedTuple):
-    """A row of a JSON file: its text, the line that it begins at (from 1), and the bytes that were read so far."""
+    """A row of a JSON file: its text, the line that it begins at (from 1), and the bytes that were read so far.
+
+    Bytes that are no UTF-8 are lone surrogates in the text, which JSON itself has only behind escapes.
+    """
 
     text: str
     line: int
     size: int
 
 
+def parse_row(text: str):
+    """What a row's text says.
+
+    Raises:
+        BadRow: "malformed row": it is no JSON, or no UTF-8.
+    """
+    try:
+        text.encode()
+        return json.loads(text)
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise BadRow("malformed row", f"is not UTF-8 near {near!a}") from None
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        raise BadRow("malformed row", f"no valid JSON near {near!a}: {error.msg}") from None
+
+
 def iterate_json(path: str | Path) -> Iterator[RowText]:
     """The rows of a JSON list, or of one JSON object per line, as text, in constant memory.
 
-    A row whose brackets close is a row, however its values look to Python: numbers of any length, any depth.
+    A row whose brackets close is a row, however its values look to Python: numbers of any length, any depth. With one
+    object per line, a line that is no JSON is a row as well, see `parse_row`; in a list nobody knows where it ends.
 
     Args:
         path: of the file, UTF-8.
@@ -76,7 +97,7 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
     """
     # Only the ends of the rows are wanted here, so numbers need not become numbers.
     scan = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     blank = re.compile(r"\s*").match
     buffer, position, row, line, size, ended = "", 0, 0, 1, 0, False
     with open(path, "rb") as file:
@@ -86,10 +107,7 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
             # Rows that are longer than a block double what is read, or they would be scanned over and over.
             block = file.read(max(BLOCK, len(buffer) - position))
             size, ended = size + len(block), not block
-            try:
-                buffer, position = buffer[position:] + decode(block, ended), 0
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, row {row}: is not UTF-8 ({error.reason}); convert the file.") from error
+            buffer, position = buffer[position:] + decode(block, ended), 0
 
         def move_to(end: int) -> None:
             nonlocal position, line
@@ -104,6 +122,8 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
                 read_more()
 
         is_list = skip_blank() == "["
+        if "\udc80" <= buffer[position : position + 1] <= "\udcff":
+            raise ValueError(f"{path}: is not UTF-8 at its beginning; convert the file.")
         if not is_list and buffer[position : position + 1] != "{":
             raise ValueError(f"{path}: begins with {buffer[:20]!r}; expected a JSON list, or one JSON object per line.")
         position += is_list
@@ -124,7 +144,12 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
                         break
                 except json.JSONDecodeError as error:
                     is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
-                    if ended or not is_cut or len(buffer) - position > LONGEST_ROW:
+                    is_endless = len(buffer) - position > LONGEST_ROW
+                    end = -1 if is_list else buffer.find("\n", position)
+                    if not is_list and (end >= 0 or ended):
+                        end = end if end >= 0 else len(buffer)
+                        break
+                    if is_endless or (is_list and (ended or not is_cut)):
                         what = "the file ends inside of it; is it complete?" if ended and is_cut else error.msg
                         near = buffer[max(position, error.pos - 20) : error.pos + 20]
                         near_line = line + buffer.count("\n", position, error.pos)
@@ -132,7 +157,17 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
                             f"{path}, row {row} (line {near_line}): no valid JSON near {near!r}: {what}"
                         ) from error
                 read_more()
-            yield RowText(buffer[position:end], line, size)
+            text = buffer[position:end]
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                if is_list:
+                    bad_line = line + text.count("\n", 0, error.start)
+                    near = ascii(text[max(0, error.start - 20) : error.end + 20])
+                    raise ValueError(
+                        f"{path}, row {row} (line {bad_line}): is not UTF-8 near {near}; convert the file."
+                    ) from None
+            yield RowText(text, line, size)
             move_to(end)
             row += 1
             if is_list:

@@ -23,6 +23,7 @@ from ..checkpoints.shapes import (
     find_quantization,
     find_relabelled,
 )
+from ..checkpoints.staging import name_replaced
 from ..checkpoints.templates import render_chat_template, run_in_bounds
 from ..checkpoints.turn_ends import find_turn_problem, read_end_ids
 from ..checkpoints.weight_maps import ConversionError
@@ -67,6 +68,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
         ConversionError: the folder has no configuration, or one of another kind of model or of quantisation.
     """
     folder = Path(os.path.expanduser(folder))
+    name_replaced(folder.resolve())
     if is_adapter(folder):
         return _check_adapter(folder)
     settings = read_json(folder / "config.json")

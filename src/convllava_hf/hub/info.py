@@ -20,6 +20,7 @@ from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_sources
 from ..checkpoints.code_files import list_code_files
 from ..checkpoints.reading import WEIGHT_FILES, read_index, read_json
 from ..checkpoints.shapes import BITSANDBYTES, count_parameters, find_quantization, read_header
+from ..checkpoints.staging import name_replaced
 from ..checkpoints.weight_maps import ConversionError
 from ..shipped import CHAT_TEMPLATES
 from ..training.plans import PARTS
@@ -122,6 +123,7 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         ConversionError: no configuration or no weights, or files that are damaged.
     """
     folder = Path(os.path.expanduser(source))
+    name_replaced(folder.resolve())
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"{source} is a folder; revision {revision!r} needs a Hub id. Leave it out.")

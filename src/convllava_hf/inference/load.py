@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -130,6 +131,8 @@ def load(
         )
     except (SafetensorError, UnpicklingError) as error:  # neither is an error of the system or of a value
         problem = " ".join(str(error).split())[:300]
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch's own advice would be to let it run
+            problem = f"unpickling them asks for {asked[1]!r}, which was refused; nothing ran. Get safetensors."
         raise OSError(f"the weights of {str(model)!r} cannot be read: {problem}") from error
     if found := _find_unusable(loaded):
         raise ValueError(

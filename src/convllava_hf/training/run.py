@@ -35,6 +35,7 @@ CAPTIONS_ALONE = "plain"
 
 
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+LAST = ("true", "last")  # say to resume from the newest complete checkpoint
 PEEK = 2**16  # characters of a JSON that tell its format
 
 
@@ -108,10 +109,12 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         "model": model.model_name_or_path,
         "rows per step": f"{args.train_batch_size * args.world_size} x {args.gradient_accumulation_steps}",
     }
-    is_resumed = str(args.resume_from_checkpoint).lower() not in ("false", "none")
+    wanted = str(args.resume_from_checkpoint)
+    is_resumed = wanted.lower() not in ("false", "none")
+    resumed = wanted if is_resumed and wanted.lower() not in LAST else is_resumed
     with ExitStack() as stack:
         if args.process_index == 0:
-            stack.enter_context(claim_output(args.output_dir, identity, is_resumed, replace=args.overwrite_output_dir))
+            stack.enter_context(claim_output(args.output_dir, identity, resumed, replace=args.overwrite_output_dir))
         processor, template, own_template = None, args.chat_template_path, None
         if template in list_chat_templates():
             processor = AutoProcessor.from_pretrained(model.model_name_or_path, revision=model.model_revision)
@@ -132,7 +135,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         if template == CAPTIONS_ALONE:
             trainer.data_collator.processor = copy.copy(trainer.data_collator.processor)
             trainer.processing_class.chat_template = own_template
-        resume = find_resumed(args.resume_from_checkpoint, args.output_dir) if is_resumed else None
+        resume = find_resumed(wanted, args.output_dir) if is_resumed else None
         if args.process_index == 0 and not is_resumed:
             remove_checkpoints(args.output_dir)
         trainer.add_callback(StartSummaryCallback(trainer))
@@ -195,7 +198,7 @@ def find_resumed(wanted: str, output_dir: str) -> Path | None:
     Raises:
         ValueError: the checkpoint that is named is not complete.
     """
-    if wanted.lower() in ("true", "last"):
+    if wanted.lower() in LAST:
         found = find_last_checkpoint(output_dir)
         logger.warning(f"resuming from {found}." if found else f"nothing to resume in {output_dir}: starting.")
         return found

@@ -20,6 +20,7 @@ MANIFEST = "checkpoint_files.json"
 IDENTITY = "_run.json"
 LOCK = "_run.lock"
 UNFINISHED = "_unfinished"  # where a checkpoint or a model is written before it gets its name
+REPLACED = ".replaced"  # ends the name of a checkpoint there whose place a newer one takes
 WEIGHTS = re.compile(r"(pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # What tells that a folder was used.
 TRACES = ("config.json", "adapter_config.json", f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -67,6 +68,38 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def place_checkpoint(unfinished: Path, folder: Path) -> None:
+    """Gives a whole checkpoint its name, and removes one that had it; a kill between leaves both in `UNFINISHED`."""
+    replaced = unfinished.with_name(unfinished.name + REPLACED)
+    if folder.exists():
+        folder.rename(replaced)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def restore_checkpoints(output_dir: str | Path) -> None:
+    """Puts checkpoints in their places that are complete, and that a kill left in `UNFINISHED`; removes the others.
+
+    Only of a run that no other process writes to.
+    """
+    unfinished = Path(output_dir) / UNFINISHED
+    # The newer of two with one name comes first, as what it replaced has the longer name.
+    for path in sorted(unfinished.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        folder = unfinished.parent / path.name.removesuffix(REPLACED)
+        if find_damage(path) is not None or (folder.exists() and find_damage(folder) is None):
+            continue
+        if folder.exists():
+            folder.rename(unfinished / f"{folder.name}.damaged")
+        path.rename(folder)
+        logger.warning(f"{folder} is back in its place: a run was killed just before it gave the checkpoint its name.")
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def remove_checkpoints(output_dir: str | Path) -> None:
     """Deletes the checkpoints of a run, and no folder that only has the name of one."""
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -109,17 +142,21 @@ def replace_model(folder: Path, unfinished: Path) -> None:
 
 
 @contextmanager
-def claim_output(output_dir: str | Path, identity: dict[str, str | int], resume: bool, replace: bool) -> Iterator[None]:
+def claim_output(
+    output_dir: str | Path, identity: dict[str, str | int], resume: bool | str, replace: bool
+) -> Iterator[None]:
     """Holds a run's folder while the block runs: no other run writes to it, and no other run's files are in it.
+
+    What a killed run left unfinished is put in its place, where it is complete, or removed.
 
     Args:
         output_dir: folder of the run.
         identity: what makes it this run, such as recipe, data and model.
-        resume: go on with the run that is there.
+        resume: go on with the run that is there; from the checkpoint that is named, where one is.
         replace: start anew in a folder that was used.
 
     Raises:
-        ValueError: the folder is used; or, with `resume`, by a run that is not this one.
+        ValueError: the folder is used; or, with `resume`, by a run that is not this one, or that no file tells of.
         OSError: another run writes to it.
     """
     folder = Path(output_dir)
@@ -129,6 +166,7 @@ def claim_output(output_dir: str | Path, identity: dict[str, str | int], resume:
             stack.enter_context(WeakFileLock(folder / LOCK, timeout=0.1))
         except TimeoutError as error:
             raise OSError(f"output_dir={str(folder)!r}: another run is writing to it; choose another.") from error
+        restore_checkpoints(folder)
         used = sorted(path.name for trace in TRACES for path in folder.glob(trace))
         if used and not (resume or replace):
             raise ValueError(
@@ -136,17 +174,23 @@ def claim_output(output_dir: str | Path, identity: dict[str, str | int], resume:
                 "--resume_from_checkpoint last, start anew by --overwrite_output_dir true, or choose another folder."
             )
         if used and resume:
-            _compare_identity(folder, identity)
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
+            _compare_identity(folder, identity, resume)
         (folder / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         yield
 
 
-def _compare_identity(folder: Path, identity: dict[str, str | int]) -> None:
+def _compare_identity(folder: Path, identity: dict[str, str | int], resume: bool | str) -> None:
     try:
         there = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
+    except FileNotFoundError as error:
+        if isinstance(resume, str) and Path(resume).resolve().parent == folder.resolve():
+            logger.warning(f"{folder} has no {IDENTITY}, so nothing tells whether {resume} is of this run.")
+            return
+        raise ValueError(
+            f"output_dir={str(folder)!r} has no {IDENTITY}, so nothing tells which run's files are in it. Name the "
+            f"checkpoint to go on from (--resume_from_checkpoint {folder / PREFIX_CHECKPOINT_DIR}-STEP), choose "
+            "another output_dir, or start anew by --overwrite_output_dir true."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{folder / IDENTITY} cannot be read: choose another output_dir.") from error
     for key, value in identity.items():

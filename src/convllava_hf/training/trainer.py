@@ -39,7 +39,15 @@ from .callbacks import CurvesCallback, LossBarCallback
 from .collator import ConvLlavaCollator
 from .flops import measure_flops
 from .plans import PARTS, keep_trained_precise
-from .runs import UNFINISHED, find_last_checkpoint, remove_if_cut_short, replace_model, write_manifest
+from .runs import (
+    UNFINISHED,
+    find_last_checkpoint,
+    place_checkpoint,
+    remove_if_cut_short,
+    replace_model,
+    restore_checkpoints,
+    write_manifest,
+)
 from .sample_answers import SampleAnswers, sample_questions
 from .sampler import ModalityLengthSampler, describe_long_rows, measure_lengths
 from .throughput import Throughput
@@ -359,6 +367,12 @@ class ConvLlavaTrainer(SFTTrainer):
             logs.update(self.throughput.summarise(self.accelerator))
         super().log(logs, start_time)
 
+    def train(self, *args, **kwargs):
+        if self.args.should_save:
+            restore_checkpoints(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
@@ -430,11 +444,7 @@ class ConvLlavaTrainer(SFTTrainer):
         finally:
             self.is_saving = False
         if self.args.should_save:
-            replaced = unfinished.with_suffix(".replaced")
-            if folder.exists():
-                folder.rename(replaced)
-            unfinished.rename(folder)
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            place_checkpoint(unfinished, folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()

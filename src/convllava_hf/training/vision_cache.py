@@ -32,6 +32,8 @@ from ..images import COLUMNS, decode_image, list_images, read_size
 
 
 KEY = "vision_cache_key"  # where a stand-in image says which features are its own
+NAMES = {"features", "size"}  # of the tensors of an entry
+CHECKSUM = "crc32 of names, dtypes, shapes and values"  # its key in the header of an entry
 # Settings that change neither what the tower sees nor what it computes.
 IRRELEVANT = {
     "processor_class",
@@ -135,14 +137,14 @@ class VisionCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         content = {"features": features[0].to(self.dtype).cpu().contiguous(), "size": inputs["image_sizes"][0]}
-        save_file(content, unfinished, metadata={"crc32": _sum(content)})
+        save_file(content, unfinished, metadata={CHECKSUM: _sum(content)})
         os.replace(unfinished, path)
 
     def is_whole(self, key: str) -> bool:
         """Whether features are there in full length; their bytes are checked when they are read."""
         try:
             with safe_open(self.get_path(key), "pt") as file:
-                return "crc32" in (file.metadata() or {})
+                return CHECKSUM in (file.metadata() or {}) and set(file.keys()) == NAMES
         except (OSError, SafetensorError):
             return False
 
@@ -156,8 +158,10 @@ class VisionCache:
         try:
             with safe_open(path, "pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}
-                whole = (file.metadata() or {}).get("crc32") == _sum(content)
-        except SafetensorError:
+                whole = set(content) == NAMES and (file.metadata() or {}).get(CHECKSUM) == _sum(content)
+        except OSError:
+            raise
+        except Exception:  # a damaged header fails in many ways, in the format, in the dtypes and in the shapes
             whole = False
         if not whole:
             path.unlink(missing_ok=True)
@@ -166,9 +170,10 @@ class VisionCache:
 
 
 def _sum(content: dict[str, torch.Tensor]) -> str:
-    """A checksum over tensors, by the order of their names."""
+    """A checksum over tensors, with their names, dtypes and shapes, in the order of the names."""
     found = 0
-    for _, tensor in sorted(content.items()):
+    for name, tensor in sorted(content.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
         found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), found)
     return f"{found:08x}"
 

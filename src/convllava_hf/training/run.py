@@ -20,6 +20,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..checkpoints.architecture import check_source
 from ..shipped import build_chat_template, find_file, list_chat_templates
 from .arguments import ConvLlavaTrainingArguments, has_fast_bf16
 from .runs import claim_output, find_damage, find_last_checkpoint, remove_checkpoints
@@ -85,6 +86,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         args.trust_remote_code = False
     if not model.model_name_or_path:
         raise ValueError("no model to train: pass --model_name_or_path, a checkpoint's folder or Hub id.")
+    check_source(model.model_name_or_path, model.model_revision)
     if mixture.datasets:
         dataset = get_dataset(mixture)
     elif script.dataset_name:

@@ -81,7 +81,7 @@ def get_tower(kind: str | None, path: Path) -> dict:
 def run(command: str, evil: Path, parts: dict[str, Path]) -> tuple[int, str]:
     out = evil.parent / "out"
     done = CliRunner().invoke(app, [word.format(evil=evil, out=out, **parts) for word in COMMANDS[command]])
-    assert not (evil.parent / "mark").exists() and not out.exists()
+    assert not (evil.parent / "mark").exists() and not (out / "config.json").exists()
     return done.exit_code, done.output
 
 

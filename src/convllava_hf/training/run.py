@@ -86,7 +86,6 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         args.trust_remote_code = False
     if not model.model_name_or_path:
         raise ValueError("no model to train: pass --model_name_or_path, a checkpoint's folder or Hub id.")
-    check_source(model.model_name_or_path, model.model_revision)
     if mixture.datasets:
         dataset = get_dataset(mixture)
     elif script.dataset_name:
@@ -114,6 +113,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
     with ExitStack() as stack:
         if args.process_index == 0:
             stack.enter_context(claim_output(args.output_dir, identity, is_resumed, replace=args.overwrite_output_dir))
+        check_source(model.model_name_or_path, args.model_init_kwargs["revision"])
         processor, template, own_template = None, args.chat_template_path, None
         if template in list_chat_templates():
             processor = AutoProcessor.from_pretrained(model.model_name_or_path, revision=model.model_revision)

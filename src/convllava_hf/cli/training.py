@@ -130,6 +130,7 @@ def plan(
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        from ..checkpoints.architecture import check_source
         from ..model.modeling_convllava import set_trainable
         from ..registration import register
         from ..training.plans import describe_plan, get_trainable
@@ -138,6 +139,7 @@ def plan(
         size = getattr(torch, dtype, None)
         if not isinstance(size, torch.dtype) or not size.is_floating_point:
             raise ValueError(f"dtype={dtype!r}; expected float32, bfloat16 or float16.")
+        check_source(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         if vision_from is not None and stage != 2:
             raise ValueError(f"--vision-from {vision_from} is for stage 2, which trains a part of the tower.")

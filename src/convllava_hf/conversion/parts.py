@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 
 from .. import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
+from ..checkpoints.architecture import check_source
 from ..checkpoints.cards import build_model_card, list_image_tokens, read_sources, read_training
 from ..checkpoints.reading import CheckpointReader, describe_file, open_pickle, open_safetensors, read_json
 from ..checkpoints.shapes import compare_shapes
@@ -59,6 +60,7 @@ def merge_adapter(
     if not base:
         raise ConversionError(f"{found.folder / ADAPTER_CONFIG} names no base model; name it with --base.")
     check_output(output, force)
+    check_source(base)
     stored = _read_weights(found.weights)
     _check_finite(stored, f"the adapter {found.folder}", "Train it again.")
     try:
@@ -288,6 +290,7 @@ def insert_projector(
         tensor = tensor.to(stored.dtype)
         _check_finite({name: tensor}, f"{projector} in {stored.dtype}", "Use a checkpoint of a wider dtype.")
         tensors.append(TensorToWrite(name, stored.shape, stored.dtype, lambda tensor=tensor: tensor))
+    check_source(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     if problem := compare_shapes(reader, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config):
         raise ConversionError(f"{checkpoint} is not whole: {problem}. Get it again.")

@@ -34,6 +34,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from ..checkpoints.architecture import check_source
 from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, describe_file, read_index, read_json
 from ..checkpoints.shapes import check_counts
 from ..checkpoints.staging import find_replaced
@@ -454,6 +455,7 @@ def read_causal_lm(source: Source) -> LanguageModel:
         ConversionError: transformers knows no such causal language model, or files are missing or damaged.
     """
     try:
+        check_source(source.folder)
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         source.open()
         check_counts(config, len(source.tensors))

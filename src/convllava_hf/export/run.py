@@ -15,6 +15,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..checkpoints.architecture import check_source
 from ..checkpoints.staging import EXPORT_MANIFEST, check_output, stage_output
 from ..checkpoints.weight_maps import ConversionError
 from ..inference.load import load
@@ -117,6 +118,7 @@ def export_checkpoint(
         )
     if target == "gguf":
         check_gguf(stored)
+    check_source(checkpoint, revision)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):  # no weight is read before the shape is known to be one that can go
         shape = AutoModelForImageTextToText.from_config(

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from ..checkpoints.adapters import Adapter, is_adapter, read_adapter
+from ..checkpoints.architecture import check_source
 from ..checkpoints.code_files import find_foreign_code, list_code_files
 from ..checkpoints.reading import CheckpointReader, StoredTensor, hash_file, open_pickle, read_json
 from ..checkpoints.shapes import (
@@ -89,6 +90,7 @@ def check_checkpoint(folder: str | Path) -> list[Check]:
     check = checks.add
     config = reader = processor = None
     with check("configuration is read"):
+        check_source(folder)
         config = config_class.from_pretrained(folder)
     with check("weight files are whole") as found:
         reader = CheckpointReader(folder, HEADER_DTYPES)

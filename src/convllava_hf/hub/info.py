@@ -16,6 +16,7 @@ from typing import BinaryIO
 from huggingface_hub import HfApi, HfFileSystem, is_offline_mode, snapshot_download
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..checkpoints.architecture import check_source
 from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_sources
 from ..checkpoints.code_files import list_code_files
 from ..checkpoints.reading import WEIGHT_FILES, read_index, read_json
@@ -165,6 +166,7 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
         info.image_tokens = _guess_image_tokens(str(config["mm_vision_tower"]))
     elif kind in CONFIG_CLASSES:
         try:
+            check_source(folder)
             info.image_tokens = list_image_tokens(CONFIG_CLASSES[kind].from_pretrained(folder))
         except Exception as error:  # settings of wrong types fail in every class in its own way
             problem = " ".join(f"{error}".split())[:300] or type(error).__name__

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checkpoints.architecture import check_source
 from ..checkpoints.shapes import find_relabelled
 from ..checkpoints.staging import find_replaced
 from .runtime import load_export
@@ -64,7 +65,7 @@ def load(
 
     Raises:
         ValueError: an unknown device, dtype, quantisation or runtime, settings that an export does not have, or a
-            checkpoint in the original LLaVA format.
+            checkpoint in the original LLaVA format, or whose configuration asks for what no model has.
         ImportError: bitsandbytes, torchao or the runtime is missing.
         OSError: no such checkpoint.
     """
@@ -106,6 +107,7 @@ def load(
             f"{model} is in the original LLaVA format (config.json names mm_vision_tower); convert it first: "
             "convllava convert, or convllava_hf.conversion.convert_checkpoint."
         )
+    check_source(model, revision)
     dtype = _choose_dtype(dtype, stored, on_cpu=device_map == {"": torch.device("cpu")})
     processor = AutoProcessor.from_pretrained(model, **source)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}

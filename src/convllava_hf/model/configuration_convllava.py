@@ -111,6 +111,50 @@ def check_stages(depths: list[int], widths: list[int]) -> None:
             )
 
 
+def find_timm_map(architecture: str, arguments: dict) -> tuple[int, int]:
+    """Width and downsampling factor of the map of a timm model, by its name.
+
+    timm would fetch or unpickle what some names and arguments point to.
+
+    Args:
+        architecture: timm's name of the model.
+        arguments: what timm would be told about it.
+
+    Returns:
+        `C` and `F`.
+
+    Raises:
+        ValueError: a name or an argument that is not known to be safe.
+    """
+    if not isinstance(architecture, str) or not isinstance(arguments, dict):
+        raise ValueError(
+            f"a vision_config of timm has architecture={architecture!r} and model_args={arguments!r}; expected a name "
+            "and arguments by name."
+        )
+    convnext, fastvit = TIMM_CONVNEXT.fullmatch(architecture), TIMM_FASTVIT.fullmatch(architecture)
+    width = TIMM_CONVNEXT_WIDTHS.get(convnext[1]) if convnext else None
+    width = TIMM_FASTVIT_WIDTHS.get(fastvit[1]) if fastvit else width
+    if width is None:
+        raise ValueError(
+            f"vision_config.architecture={architecture!r} is not supported; expected a ConvNeXt, ConvNeXt V2 or "
+            "FastViT that timm ships, for example 'convnext_large', 'convnextv2_base', 'fastvit_mci3'."
+        )
+    for name, value in arguments.items():
+        kind = TIMM_ARGUMENTS.get(name) if convnext else None
+        if kind is None or not isinstance(value, (kind, int) if kind is float else kind):
+            allowed = f"of {', '.join(TIMM_ARGUMENTS)}, with their own types" if convnext else "none for a FastViT"
+            raise ValueError(f"vision_config.model_args of {architecture!r} has {name}={value!r}; expected {allowed}.")
+    depths, widths = arguments.get("depths", [1] * 4), arguments.get("dims", [width] * 4)
+    if not len(depths) == len(widths) == 4:
+        raise ValueError(
+            f"vision_config.model_args has {len(depths)} depths and {len(widths)} dims; expected four of "
+            "each, as timm's ConvNeXt has."
+        )
+    check_stages(depths, widths)
+    stages = 5 if fastvit and fastvit[1] in TIMM_FIVE_STAGES else 4
+    return widths[-1], STEM_STRIDE * 2 ** (stages - 1)
+
+
 @strict
 class ConvLlavaConfig(PreTrainedConfig):
     r"""
@@ -231,7 +275,7 @@ class ConvLlavaConfig(PreTrainedConfig):
                 f"{', '.join(SUPPORTED_VISION_TOWERS)}: hierarchical towers whose output is a map."
             )
         if vision.model_type == "timm_wrapper":
-            return self._timm_map(vision.architecture, vision.model_args or {})
+            return find_timm_map(vision.architecture, vision.model_args or {})
         widths, depths = list(vision.hidden_sizes), list(vision.depths)
         if not len(widths) == len(depths) == vision.num_stages or len(depths) not in (4, 5):
             raise ValueError(
@@ -244,36 +288,6 @@ class ConvLlavaConfig(PreTrainedConfig):
             raise ValueError(f"vision_config.patch_size={stem!r} is not supported; expected one integer.")
         # Every stage after the first halves the map.
         return widths[-1], stem * 2 ** (len(depths) - 1)
-
-    def _timm_map(self, architecture: str, arguments: dict) -> tuple[int, int]:
-        """`(C, F)` of a timm model by its name; raises ValueError on names and arguments that are not known to be safe.
-
-        timm would fetch or unpickle what some names and arguments point to.
-        """
-        convnext, fastvit = TIMM_CONVNEXT.fullmatch(architecture), TIMM_FASTVIT.fullmatch(architecture)
-        width = TIMM_CONVNEXT_WIDTHS.get(convnext[1]) if convnext else None
-        width = TIMM_FASTVIT_WIDTHS.get(fastvit[1]) if fastvit else width
-        if width is None:
-            raise ValueError(
-                f"vision_config.architecture={architecture!r} is not supported; expected a ConvNeXt, ConvNeXt V2 or "
-                "FastViT that timm ships, for example 'convnext_large', 'convnextv2_base', 'fastvit_mci3'."
-            )
-        for name, value in arguments.items():
-            kind = TIMM_ARGUMENTS.get(name) if convnext else None
-            if kind is None or not isinstance(value, (kind, int) if kind is float else kind):
-                allowed = f"of {', '.join(TIMM_ARGUMENTS)}, with their own types" if convnext else "none for a FastViT"
-                raise ValueError(
-                    f"vision_config.model_args of {architecture!r} has {name}={value!r}; expected {allowed}."
-                )
-        depths, widths = arguments.get("depths", [1] * 4), arguments.get("dims", [width] * 4)
-        if not len(depths) == len(widths) == 4:
-            raise ValueError(
-                f"vision_config.model_args has {len(depths)} depths and {len(widths)} dims; expected four of "
-                "each, as timm's ConvNeXt has."
-            )
-        check_stages(depths, widths)
-        stages = 5 if fastvit and fastvit[1] in TIMM_FIVE_STAGES else 4
-        return widths[-1], STEM_STRIDE * 2 ** (stages - 1)
 
     @property
     def vision_feature_size(self) -> int:

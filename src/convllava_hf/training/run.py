@@ -20,6 +20,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..checkpoints.architecture import check_source
 from ..shipped import build_chat_template, find_file, list_chat_templates
 from .arguments import ConvLlavaTrainingArguments, has_fast_bf16
 from .runs import claim_output, find_damage, find_last_checkpoint, remove_checkpoints
@@ -115,6 +116,7 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
     with ExitStack() as stack:
         if args.process_index == 0:
             stack.enter_context(claim_output(args.output_dir, identity, resumed, replace=args.overwrite_output_dir))
+        check_source(model.model_name_or_path, args.model_init_kwargs["revision"])
         processor, template, own_template = None, args.chat_template_path, None
         if template in list_chat_templates():
             processor = AutoProcessor.from_pretrained(model.model_name_or_path, revision=model.model_revision)

@@ -74,19 +74,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
         for stale in set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}:
             logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
         yield staging
-        write_manifest(staging)
-        check_output(output, force)  # the work took its time, and others may have put something there
-        if output.exists() and any(output.iterdir()):
-            replaced = output.parent / f".{output.name}.replaced-{mark}"
-            output.rename(replaced)
-            try:
-                staging.rename(output)
-            except BaseException:
-                replaced.rename(output)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(output)
+        put_in_place(staging, output, force)
     except Exception as error:
         number = find_error_number(error)
         if isinstance(error, ConversionError) or number is None:
@@ -99,6 +87,27 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     finally:
         if not resume:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, output: Path, force: bool):
+    """Lists the files of a finished folder and gives it its name.
+
+    Raises:
+        ConversionError: see [`check_output`]. The work took its time, and others may have put something there.
+    """
+    write_manifest(staging)
+    check_output(output, force)
+    if not output.exists() or not any(output.iterdir()):
+        staging.rename(output)
+        return
+    replaced = output.parent / f".{output.name}.replaced-{secrets.token_hex(4)}"
+    output.rename(replaced)
+    try:
+        staging.rename(output)
+    except BaseException:
+        replaced.rename(output)
+        raise
+    shutil.rmtree(replaced)
 
 
 @contextmanager
@@ -182,7 +191,7 @@ def check_output(output: Path, force: bool):
     """
     if old := find_replaced(output):
         way = "delete it if it is not needed" if os.path.lexists(output) else "rename it to get it back"
-        logger.warning_once(f"{old} is the model that was at {output} before a run was killed; {way}.")
+        logger.warning_once(f"{old} is what was at {output} before a run was killed; {way}.")
     parent = next(parent for parent in output.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConversionError(f"{parent} is no folder that takes files. Choose another --output.")

@@ -164,6 +164,17 @@ def test_projector_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_projectors_do_not_go_into_a_base_that_is_not_finite(checkpoint, other_projector, tmp_path, value):
+    base = Path(shutil.copytree(checkpoint, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][3, 1] = value
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConversionError, match="'lm_head.weight' of .*base holds values that are not finite"):
+        insert_projector(base, other_projector[0], tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_commands(checkpoint, adapter, tmp_path):
     run = CliRunner().invoke
     done = run(app, ["merge", str(adapter[0]), "--output", str(tmp_path / "merged"), "--json"])

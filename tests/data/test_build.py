@@ -274,7 +274,8 @@ def test_a_dataset_is_built_and_loads(tmp_path, root, images, num_proc):
     assert report.totals["written"] == 6 and not report.bad_rows
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
     parquet = ["train/one-00000.parquet", "train/one-00001.parquet", "train/two-00000.parquet"]
-    assert names == ["build_report.json", *parquet] and not (tmp_path / "out.partial").exists()
+    assert names == [".convllava-manifest.json", "build_report.json", *parquet]
+    assert not (tmp_path / "out.partial").exists()
     assert json.loads((tmp_path / "out" / "build_report.json").read_text())["totals"] == report.totals
 
     rows = load_dataset(str(tmp_path / "out"), split="train")
@@ -350,12 +351,45 @@ def test_stops_at_bad_rows_and_goes_on_when_they_are_mended(tmp_path, root, num_
     report = build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
     assert report.totals["written"] == 6
     assert all((tmp_path / "out" / "train" / path.name).stat().st_mtime_ns == mtime for path, mtime in done.items())
-    with pytest.raises(FileExistsError, match=r"out exists; choose another folder, or replace it with --force"):
+    with pytest.raises(FileExistsError, match=r"out exists. Choose another --output, or pass --force to replace it"):
         build([(file, root)], tmp_path / "out")
     assert build([(file, root)], tmp_path / "out", force=True, images="paths").totals["written"] == 6
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="mine exists; --force replaces datasets alone"):
+    (tmp_path / "mine" / "a.txt").touch()
+    with pytest.raises(FileExistsError, match=r"mine holds what convllava-hf did not make.*a\.txt"):
         build([(file, root)], tmp_path / "mine", force=True)
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", "notes.txt", "images/a.png", "train/notes.parquet"])
+def test_force_replaces_only_what_a_build_wrote(tmp_path, root, name):
+    file, output = write(tmp_path / "one.json", GOOD), tmp_path / "out"
+    build([(file, root)], output)
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"out holds what convllava-hf did not make.*{re.escape(name)}"):
+        build([(file, root)], output, force=True)
+    assert (output / name).read_text() == "mine" and (output / "train" / "one-00000.parquet").is_file()
+    (output / name).unlink()
+    if (output / name).parent not in (output, output / "train"):
+        (output / name).parent.rmdir()
+    assert build([(file, root)], output, force=True).totals["written"] == 4
+    (output / "build_report.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"changed since \(build_report\.json\)"):
+        build([(file, root)], output, force=True)
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", "notes.txt", "train/notes.txt"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_unfinished_build_with_other_files_in_it_stays(tmp_path, root, name, force):
+    file, work = write(tmp_path / "one.json", [*GOOD, talk("Q", "")]), tmp_path / "out.partial"
+    with pytest.raises(ValueError, match="empty answer"):
+        build([(file, root)], tmp_path / "out", shard_rows=2)
+    (work / name).parent.mkdir(exist_ok=True)
+    (work / name).write_text("mine")
+    write(file, GOOD)
+    with pytest.raises(FileExistsError, match=f"out.partial holds {re.escape(name)}, which is of no unfinished build"):
+        build([(file, root)], tmp_path / "out", shard_rows=2, force=force)
+    assert (work / name).read_text() == "mine" and not (tmp_path / "out").exists()
 
 
 def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root):
@@ -423,7 +457,7 @@ def test_killed_builds_go_on(tmp_path, root):
         for row in pq.read_table(path, columns=["messages"]).to_pylist()
     ]
     assert texts == [f"Q{i}" for i in range(400)]
-    assert {path.suffix for path in output.rglob("*.*")} == {".json", ".parquet"} and not list(output.glob(".*"))
+    assert {path.suffix for path in output.rglob("*.*")} == {".json", ".parquet"} and not list(output.glob(".build"))
 
 
 def is_group_alive(group: int) -> bool:

@@ -54,7 +54,15 @@ KEYS = {
     "Anthropic": "sk-ant-api03-" + LETTERS,
     "Slack": "xoxb-" + LETTERS,
     "Google": "AIza" + LETTERS[:35],
+    "GitLab": "glpat-" + LETTERS[:20],
+    "Weights & Biases": "WANDB_API_KEY=" + "0123456789abcdef" * 2 + "01234567",
+    "OpenAI service": "sk-svcacct-" + LETTERS,
+    "OAuth of Hugging Face": "hf_oauth_" + LETTERS[:34],
+    "temporary AWS": "ASIA" + "IOSFODNN7EXAMPL2",
+    "Slack app": "xoxe.xoxp-1-" + LETTERS,
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "PEM private key": "-----BEGIN PRIVATE KEY-----",
+    "PGP private key": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
 }
 
 
@@ -115,6 +123,21 @@ def test_links_out_of_the_folder_are_not_followed(hub, copy, tmp_path):
     (copy / "notes.txt").unlink()
     (copy / "notes.txt").symlink_to("config.json")
     push_checkpoint(copy, REPO, dry_run=True)
+
+
+def test_a_folder_named_snapshots_opens_nothing_but_blobs(hub, checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "home" / "snapshots" / "model"))
+    (tmp_path / "home" / "private.txt").write_text("mine")
+    (folder / "notes.txt").symlink_to("../../private.txt")
+    with pytest.raises(HubError, match="notes.txt is a link to .*private.txt"):
+        push_checkpoint(folder, REPO)
+    (folder / "notes.txt").unlink()
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other" / "a.txt").write_text("of another model")
+    (folder / "notes.txt").symlink_to("../other/a.txt")
+    with pytest.raises(HubError, match="notes.txt is a link to .*other"):
+        push_checkpoint(folder, REPO)
+    assert not hub.requests
 
 
 def test_a_snapshot_of_the_cache_can_be_pushed(hub, checkpoint):
@@ -250,6 +273,9 @@ def test_names_that_lead_out_of_a_repository_are_refused(name):
         ({"x-repo-commit": "../x"}, "x-repo-commit"),
         ({"link": '<https://elsewhere.example/api?cursor=2>; rel="next"'}, "elsewhere.example"),
         ({"link": '<http://127.0.0.1:1/api>; rel="next"'}, "another host"),
+        ({"link": 'http://elsewhere.example/x; rel="next"'}, "elsewhere.example"),
+        ({"link": '"//elsewhere.example/x"; rel=next'}, "elsewhere.example"),
+        ({"x-xet-refresh-route": "http://elsewhere.example/x"}, "elsewhere.example"),
     ],
 )
 def test_answers_that_lead_astray_are_refused(hub, checkpoint, headers, problem, tmp_path, monkeypatch):
@@ -266,7 +292,28 @@ def test_answers_that_lead_astray_are_refused(hub, checkpoint, headers, problem,
     for output in (None, tmp_path / "out"):
         with pytest.raises(HubError, match=re.escape(problem)):
             pull_checkpoint(REPO, output)
+    with pytest.raises(HubError, match=re.escape(problem)):
+        push_checkpoint(checkpoint, REPO)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("x*"))
     monkeypatch.undo()
     with guard_responses():
         pass  # and the client is as it was
+
+
+def test_a_write_token_is_not_sent_where_the_endpoint_points(hub, checkpoint, monkeypatch):
+    """huggingface_hub reports an upload, with the token, to the address that the endpoint names for it."""
+    from hub_server import Handler
+
+    answer = Handler.answer
+
+    def answer_elsewhere(self, body, *rest, **more):
+        for item in body.get("objects", []) if isinstance(body, dict) else []:
+            if "actions" in item:
+                item["actions"]["verify"]["href"] = f"http://localhost:{hub.port}/stolen"
+        answer(self, body, *rest, **more)
+
+    monkeypatch.setattr(Handler, "answer", answer_elsewhere)
+    with pytest.raises(HubError, match="asked to send the token to localhost; it was not sent"):
+        push_checkpoint(checkpoint, REPO)
+    assert not [request for request in hub.requests if request.path.startswith("/stolen")]
+    assert any(request.method == "PUT" for request in hub.requests)

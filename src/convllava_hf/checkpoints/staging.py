@@ -78,19 +78,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
         for stale in set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}:
             logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
         yield staging
-        write_manifest(staging)
-        check_output(output, force)  # the work took its time, and others may have put something there
-        if output.exists() and any(output.iterdir()):
-            replaced = output.parent / f".{output.name}.replaced-{mark}"
-            output.rename(replaced)
-            try:
-                staging.rename(output)
-            except BaseException:
-                replaced.rename(output)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(output)
+        put_in_place(staging, output, force)
     except Exception as error:
         number = find_error_number(error)
         if isinstance(error, ConversionError) or number is None:
@@ -103,6 +91,27 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     finally:
         if not resume:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, output: Path, force: bool):
+    """Lists the files of a finished folder and gives it its name.
+
+    Raises:
+        ConversionError: see [`check_output`]. The work took its time, and others may have put something there.
+    """
+    write_manifest(staging)
+    check_output(output, force)
+    if not output.exists() or not any(output.iterdir()):
+        staging.rename(output)
+        return
+    replaced = output.parent / f".{output.name}.replaced-{secrets.token_hex(4)}"
+    output.rename(replaced)
+    try:
+        staging.rename(output)
+    except BaseException:
+        replaced.rename(output)
+        raise
+    shutil.rmtree(replaced)
 
 
 @contextmanager

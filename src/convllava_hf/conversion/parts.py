@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -264,7 +265,8 @@ def insert_projector(
         `output`.
 
     Raises:
-        ConversionError: layers or shapes that are not those of the checkpoint's projector.
+        ConversionError: layers or shapes that are not those of the checkpoint's projector, or values of either that are
+            not finite.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     reader, new = CheckpointReader(checkpoint), read_projector(projector)
@@ -276,10 +278,16 @@ def insert_projector(
             f"{projector} holds {', '.join(new)}; expected {', '.join(sorted(targets.values())) or 'nothing'}, as in "
             f"{checkpoint}."
         )
+
+    def copy_finite(name: str) -> torch.Tensor:
+        tensor = reader.read(name)
+        _check_finite({name: tensor}, str(checkpoint), "Get the checkpoint again.")
+        return tensor
+
     tensors = []
     for name, stored in reader.tensors.items():
         if name not in targets:
-            tensors.append(TensorToWrite(name, stored.shape, stored.dtype, lambda name=name: reader.read(name)))
+            tensors.append(TensorToWrite(name, stored.shape, stored.dtype, partial(copy_finite, name)))
             continue
         tensor = new[targets[name]]
         if tuple(tensor.shape) != stored.shape:

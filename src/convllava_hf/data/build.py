@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ..checkpoints.staging import MANIFEST, check_output, put_in_place
+from ..checkpoints.weight_maps import ConversionError
 from ..tokens import count_image_tokens
 from .holdout import LEFT_OUT, SPLITS, TEST, TRAIN, plan_holdout
 from .pictures import check_image, find_image
@@ -47,6 +50,13 @@ from .sources import Source, check_sources, count_copies, name_apart
 
 
 REPORT, STATE, UNFINISHED = "build_report.json", ".build", ".partial"
+
+
+# What an unfinished build consists of.
+WRITTEN = re.compile(
+    rf"(?:{re.escape(STATE)}/[^/]+\.json|{REPORT})(?:\.tmp)?|{re.escape(MANIFEST)}"
+    rf"|(?:{'|'.join(SPLITS)})/(?:[^/]+-\d{{5,}}\.parquet|\.[^/]+-\d{{5,}}\.parquet\.tmp)"
+)
 
 
 SHARD_ROWS = {"bytes": 1000, "paths": 5000}
@@ -115,7 +125,8 @@ def build_dataset(
         shard_rows: rows of the JSON per parquet file.
         follow_links: take images that a symbolic link below the image root leads to outside of it.
         holdout: about so many rows become the split `test`, see `holdout`; no image is in both splits.
-        force: replace a dataset that is there, and an unfinished build with other settings.
+        force: replace a dataset that was built here and that nobody has changed since, and an unfinished build with
+            other settings.
         show_progress: a progress bar on stderr.
 
     Returns:
@@ -123,7 +134,8 @@ def build_dataset(
 
     Raises:
         FileNotFoundError: sources that are not there; all of them are named before anything starts.
-        FileExistsError: `output` exists, or an unfinished build with other settings does.
+        FileExistsError: `output` exists, or an unfinished build with other settings does; with `force`, only if either
+            holds what no build wrote.
         ValueError: a bad row with `on_error="stop"`, broken JSON, or not the number of rows that a source must have.
     """
     sources = [source if isinstance(source, Source) else Source(*source) for source in sources]
@@ -134,7 +146,7 @@ def build_dataset(
     sources = name_apart(sources)
     check_sources(sources)
     get_schema(processor is not None)  # before workers start, so that they share what it imports
-    output = Path(os.path.expanduser(output))
+    output = Path(os.path.expanduser(output)).resolve()
     work = output.with_name(output.name + UNFINISHED)
     report = DataReport(settings=_describe_build(sources, settings))
     _prepare_folder(output, work, report.settings, force)
@@ -172,9 +184,7 @@ def _describe_build(sources: list[Source], settings: Settings) -> dict:
 
 
 def _prepare_folder(output: Path, work: Path, description: dict, force: bool) -> None:
-    if output.exists() and not (force and (output / REPORT).is_file()):
-        hint = "--force replaces datasets alone" if force else "choose another folder, or replace it with --force"
-        raise FileExistsError(f"{output} exists; {hint}.")
+    _check_place(output, work, force)
     file = work / STATE / "settings.json"
     if work.exists() and force and file.parent.exists():
         shutil.rmtree(work)
@@ -190,6 +200,21 @@ def _prepare_folder(output: Path, work: Path, description: dict, force: bool) ->
     for split in SPLITS:
         (work / split).mkdir()
     _write_json(file, description)
+
+
+def _check_place(output: Path, work: Path, force: bool) -> None:
+    """Refuses to replace, or to take along, what no build wrote."""
+    try:
+        check_output(output, force)
+    except ConversionError as error:
+        raise FileExistsError(str(error)) from error
+    for path in sorted(work.rglob("*")):
+        name = path.relative_to(work).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_folder and (name in (STATE, *SPLITS) or any(path.iterdir())):
+            continue
+        if path.is_symlink() or is_folder or not WRITTEN.fullmatch(name):
+            raise FileExistsError(f"{work} holds {name}, which is of no unfinished build; move it elsewhere.")
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -451,6 +476,7 @@ def _make_row(row: dict, source: Source, settings: Settings, counts: Counter) ->
 
 def _finish(report: DataReport, names: set[str], work: Path, output: Path, force: bool) -> None:
     """Writes the report, and gives the folder its final name."""
+    _check_place(output, work, force)
     for split in SPLITS:
         for path in (work / split).iterdir():
             # What is left of shards that are no more, of killed writers, and empty ones, at which `datasets` fails.
@@ -459,7 +485,5 @@ def _finish(report: DataReport, names: set[str], work: Path, output: Path, force
         if not any((work / split).iterdir()):
             (work / split).rmdir()
     _write_json(work / REPORT, report.to_dict())
-    if output.exists() and force:
-        shutil.rmtree(output)
-    os.rename(work, output)
-    shutil.rmtree(output / STATE)
+    put_in_place(work, output, force)
+    shutil.rmtree(output / STATE)  # last, so that what is killed before goes on from there

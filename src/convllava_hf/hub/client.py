@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session
 
@@ -26,6 +26,10 @@ SECRETS = {
     "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----",
 }
 SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in SECRETS.values()))
+
+
+# Where a token may go beside the endpoint; mirrors redirect there.
+HUB_ADDRESSES = ("https://huggingface.co", "https://hf.co")
 
 
 FIXES = {
@@ -78,7 +82,14 @@ def find_secret(content: str | bytes, token: str | None) -> str | None:
 @contextmanager
 def guard_responses() -> Iterator[None]:
     """Refuses answers of an endpoint that would lead huggingface_hub astray, while the block lasts: an ETag, which
-    names a file of the cache, that is no name of a file; a next page on another host, which would get the token."""
+    names a file of the cache, that is no name of a file; a next page on another host, which would get the token. No
+    request with a token leaves for a host that is neither the endpoint nor the Hub."""
+    client = get_session()
+    homes = {_get_origin(client.build_request("GET", url).url) for url in (constants.ENDPOINT, *HUB_ADDRESSES)}
+
+    def check_request(request):
+        if "authorization" in request.headers and _get_origin(request.url) not in homes:
+            raise HubError(f"the endpoint asked to send the token to {request.url.host}; it was not sent.")
 
     def check(response):
         for header in ("etag", "x-linked-etag", "x-repo-commit"):
@@ -87,19 +98,25 @@ def guard_responses() -> Iterator[None]:
                 raise HubError(
                     f"{response.request.url.host} sent the {header} {value[:80]!r}, which is no name of a file."
                 )
-        for link in re.findall(r"<([^>]*)>", response.headers.get("link", "")):
-            page = response.request.url.join(link)
-            here = response.request.url
-            if (page.scheme, page.host, page.port) != (here.scheme, here.host, here.port):
+        here = response.request.url
+        links = [link.get("url", "") for link in response.links.values()]
+        for page in map(here.join, [*links, response.headers.get("x-xet-refresh-route", "")]):
+            if _get_origin(page) not in {_get_origin(here), *homes}:
                 raise HubError(f"{here.host} sent a next page on another host, {page.host}.")
 
-    client = get_session()
     before = client.event_hooks
-    client.event_hooks = {**before, "response": [*before.get("response", []), check]}
+    client.event_hooks = {
+        "request": [*before.get("request", []), check_request],
+        "response": [*before.get("response", []), check],
+    }
     try:
         yield
     finally:
         client.event_hooks = before
+
+
+def _get_origin(url) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def check_names(names: Iterable[str]):
@@ -143,6 +160,11 @@ def explain_errors(action: str, token: str | None) -> Iterator[None]:
     except Exception as error:  # errors of the Hub, of HTTP, of sockets and of the disk have no common base
         if not (isinstance(error, OSError | ValueError | RuntimeError) or is_connection_error(error)):
             raise  # a fault of ours
+        cause = error
+        while cause is not None:  # huggingface_hub wraps what a guard raised
+            if isinstance(cause, HubError):
+                raise cause from None
+            cause = cause.__cause__
         raise HubError(describe_error(error, action, [token, get_token()])) from error
 
 

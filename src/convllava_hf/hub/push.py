@@ -28,7 +28,7 @@ from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER, find_foreign_code, l
 from ..checkpoints.reading import CheckpointReader, read_json
 from ..checkpoints.staging import MANIFEST, stage_output
 from ..checkpoints.writing import TensorToWrite, WrittenFile, parse_size, write_checkpoint
-from .client import HubError, explain_errors, find_secret, list_remote
+from .client import HubError, explain_errors, find_secret, guard_responses, list_remote
 
 
 # What belongs to a checkpoint; logs, optimizer states, pickles and hidden files stay at home.
@@ -134,7 +134,8 @@ def push_checkpoint(
         raise HubError(f"the message holds {kind}; nothing was sent. Revoke it if it is used.")
     if size is not None and is_adapter(folder):
         raise HubError(f"{folder} is an adapter, which has one weight file. Leave --shard-size out.")
-    with explain_errors(f"pushing to {repo_id}", token), shard_weights(folder, size) as (weights, written):
+    explained = explain_errors(f"pushing to {repo_id}", token)
+    with explained, guard_responses(), shard_weights(folder, size) as (weights, written):
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         files, left_out = collect_files(folder, repo_id, token, base)
@@ -310,16 +311,17 @@ def collect_files(
 
 
 def check_link(path: Path):
-    """Refuses a link that leads out of its folder; in the cache of the Hub, out of that of the repository.
+    """Refuses a link that leads out of its folder; in the cache of the Hub, to anything but a blob of the repository.
 
     Raises:
         HubError: names the link.
     """
     folder = path.parent.resolve()
+    allowed = {folder}
     if folder.parent.name == "snapshots":
-        folder = folder.parents[1]
+        allowed.add(folder.parents[1] / "blobs")
     target = path.resolve()
-    if folder not in target.parents:
+    if allowed.isdisjoint(target.parents):
         raise HubError(
             f"{path} is a link to {target}, out of the folder; put the file itself there, or delete the link."
         )

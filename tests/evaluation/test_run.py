@@ -340,6 +340,27 @@ def test_truths_that_are_missing_are_named_before_anything_is_asked(questions, t
         evaluate("gpt-review", questions, tmp_path, make_answerer=make, model_id="", checkpoint_hash="")
 
 
+@pytest.mark.parametrize("task", ["textvqa", "mme"])
+def test_a_limit_counts_no_other_question_about_the_same_image(reference, tmp_path, task):
+    room = reference / "evaluation" / task
+    truths = room / "TextVQA_0.5.1_val.json"
+    if task == "mme":
+        room = room / "converter"
+        truths = room / "MME_Benchmark_release_version"
+    file = room / ("answers/toy.jsonl" if task == "mme" else "answers.jsonl")
+    rows = [{"question_id": row["question_id"], "text": row["prompt"]} for row in read_lines(file)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(*_):
+        return lambda batch: ["Yes"] * len(batch)
+
+    settings = {"model_id": "toy", "checkpoint_hash": "0", "limit": 2, "make_answerer": make}
+    results = evaluate(task, tmp_path / "q.jsonl", tmp_path / "results", annotations=truths, **settings)
+    outcomes = read_lines(tmp_path / "results" / "outcomes.jsonl")
+    assert len(outcomes) == 2 and sorted(row["prediction"] for row in outcomes) == [0, 1]
+    assert "questions without an answer" not in results["problems"]
+
+
 def test_duplicates_and_strangers_are_counted_and_named(questions, tmp_path):
     file = tmp_path / "answers.jsonl"
     rows = [{"question_id": name, "prompt": "", "text": "x"} for name in (0, 0, 1, 99)]

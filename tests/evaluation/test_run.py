@@ -447,6 +447,13 @@ def test_options_of_a_local_model_are_refused_with_a_server(questions, tmp_path,
     assert result.exit_code == 3 and f"{option.split()[0]}: the server decides that" in result.output
 
 
+def test_a_review_without_references_is_refused_before_anything_is_asked(talk, questions, tmp_path):
+    command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", str(questions)]
+    refused = run(app, [*command, "--output", str(tmp_path / "results"), "--judge-url", talk.url])
+    assert refused.exit_code == 3 and "needs --references FILE" in refused.output
+    assert not talk.requests and not (tmp_path / "results").exists()
+
+
 def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     room = reference / "evaluation" / "gpt_review"
     talk.reply = lambda body: "Steamed rice." if len(body["messages"]) == 1 else "(8, 6)\nBecause."

@@ -40,7 +40,7 @@ def draw_document(kind: str, size: int, side: int, font_file: Path, rng: random.
 
     Args:
         kind: one of `KINDS`.
-        size: of the text in pixels.
+        size: of the font (its em) in pixels; a digit is about 0.7 of it high.
         side: of the page in pixels.
         font_file: of a TrueType font.
         rng: source of all that is random.
@@ -102,7 +102,7 @@ def plot(rows: list[dict], file: Path) -> None:
         sizes = [row["text size"] for row in chosen]
         axes.plot(sizes, [row["accuracy"] for row in chosen], marker="o", label=f"{budget} token{'s' * (budget > 1)}")
         axes.fill_between(sizes, *([row[end] for row in chosen] for end in ("low", "high")), alpha=0.18)
-    axes.set(xlabel="height of the text in pixels of the page", ylabel="read right, %", ylim=(-2, 102))
+    axes.set(xlabel="font size (em) in pixels of the page", ylabel="read right, %", ylim=(-2, 102))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=130)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="checkpoint")
     parser.add_argument("--device", help="such as cpu or cuda:1 (the best there is)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[6, 8, 10, 12, 16, 20, 28, 40], help="pixels of the text"
+        "--sizes", type=int, nargs="+", default=[6, 8, 10, 12, 16, 20, 28, 40], help="font sizes in pixels"
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of documents (all)")
     parser.add_argument("--budgets", type=int, nargs="+", required=True, help="most tokens of an image")

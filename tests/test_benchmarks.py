@@ -139,6 +139,14 @@ def test_reading_measures_sizes_and_budgets(load, capsys, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_the_plot_of_reading_names_the_size_of_the_font(load, tmp_path):
+    """A digit is about 0.7 of its font's size high: the axis must not say height."""
+    reading = load("reading")
+    row = {"tokens": 4, "text size": 8, "accuracy": 50, "low": 40, "high": 60}
+    reading.plot([row], tmp_path / "plot.svg")
+    assert "<!-- font size (em) in pixels of the page -->" in (tmp_path / "plot.svg").read_text()
+
+
 def test_documents_of_reading_show_their_truth_and_nothing_is_cut(load):
     import random
 

@@ -35,7 +35,7 @@ from convllava_hf.evaluation.metrics import (
 from convllava_hf.evaluation.mme import convert_mme, read_mme_truths, score_mme, score_mme_task
 from convllava_hf.evaluation.normalisers import normalise_vqa
 from convllava_hf.evaluation.run import write_submission
-from convllava_hf.evaluation.scores import read_json_lines
+from convllava_hf.evaluation.scores import mean_of, read_json_lines
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +292,28 @@ def test_plain_comparisons_count_missing_answers_as_wrong():
     assert exact == {"1": 1, "2": 0, "3": 0} and contains == {"1": 1, "2": 1, "3": 0}
     assert anls == {"1": 1, "2": 0, "3": 0}
     assert score_plain("anls", {1: "hello"}, [{"question_id": 1, "text": "hallo"}]).original["accuracy"] == 0.8
+
+
+def test_f1_of_pope_is_of_each_category_and_their_mean():
+    """All categories in one would give 2/3 here."""
+    questions = [{"question_id": i, "category": "random" if i < 2 else "popular"} for i in range(6)]
+    labels = {"random": [{"label": "yes"}, {"label": "no"}], "popular": [{"label": "yes"}] * 3 + [{"label": "no"}]}
+    answers = [{"question_id": i, "text": text} for i, text in enumerate(("Yes", "No", "Yes", "No", "No", "No"))]
+    score = score_pope(questions, answers, labels)
+    numbers = {name: row["original"] for name, row in score.summarise().items()}
+    assert numbers["F1, random"] == 100 and numbers["F1, popular"] == pytest.approx(50)
+    assert numbers["F1, mean of categories"] == pytest.approx(75) and "F1" not in numbers
+
+
+def test_textvqa_counts_questions_without_an_answer_as_wrong():
+    rows = [{"image_id": "a", "question": f"q{n}", "question_id": n, "answers": ["x"] * 10} for n in range(4)]
+    score = score_textvqa({"data": rows}, [{"question_id": "a", "prompt": "Q0\nShort.", "text": "x"}])
+    accuracy = score.summarise()["accuracy"]
+    assert (accuracy["original"], accuracy["ours"]) == (100, 25)
+    assert len(score.problems["questions without an answer"]) == 3
+
+
+def test_intervals_enclose_their_number_and_follow_the_spread():
+    low, high = mean_of([0.0] * 50 + [1.0] * 50).interval()
+    assert 38 < low < 43 and 57 < high < 62
+    assert mean_of([1.0] * 20).interval() == [100, 100]

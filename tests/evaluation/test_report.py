@@ -1,6 +1,8 @@
 """The page and the model card that `convllava eval-report` writes."""
 
+import html
 import json
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
@@ -8,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
-from convllava_hf.evaluation.report import find_published
+from convllava_hf.evaluation.report import add_to_card, find_published, render_report
 from convllava_hf.evaluation.run import (
     check_run,
     describe_versions,
@@ -17,6 +19,7 @@ from convllava_hf.evaluation.run import (
     score_run,
     write_results,
 )
+from convllava_hf.evaluation.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,72 @@ def test_published_numbers_of_every_family():
         "accuracy",
     )
     assert find_published("refcoco", {"questions": "x/refcoco+_testA.jsonl"})[0]["ConvLLaVA-sft-768"] == 84.9
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "number"),
+    [
+        *(("mme", 8, 1510.7), ("mmbench", 8, 64.3), ("mmbench_cn", 2, 58.3), ("seed_bench", 5, 58.6)),
+        *(("textvqa", 8, 58.2), ("pope", 5, 85.9), ("scienceqa", 5, 66.8), ("gqa", 5, 62.0), ("vqav2", 5, 78.5)),
+        *(("vizwiz", 2, 50.0), ("mmvet", 8, 30.5), ("gpt_review", 5, 63.4)),
+        *((task, 0, None) for task in ("multimodal_ocr", "exact_match", "contains", "anls")),
+    ],
+)
+def test_published_numbers_of_every_task(task, count, number):
+    found, _ = find_published(task, {})
+    assert (len(found), found.get("llava-v1.5-7b")) == (count, number)
+
+
+def test_every_task_is_looked_up():
+    marks = next(mark for mark in test_published_numbers_of_every_task.pytestmark)
+    assert {case[0] for case in marks.args[1]} | {"refcoco"} == set(TASKS)
+
+
+def write_evaluation(root, task, questions, answers, annotations=None):
+    """A folder of results of recorded answers."""
+    asked = {"task": task, "checkpoint": "0", "questions": hash_text(questions), "settings": {}}
+    asked |= {"prompt_style": "checkpoint", "limit": None}
+    places = {"questions": str(questions), "annotations": annotations and str(annotations), "images": str(root)}
+    run, folder = {"asked": asked, **places}, root / "results"
+    check_run(folder, run)
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    extra = {"task": task, "model": "toy", "asked": asked, "versions": {}, "questions": len(answers)}
+    write_results(folder, score_run(folder, run, questions, annotations), extra)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["textvqa", "mme"])
+def test_wrong_answers_of_questions_that_share_an_image_are_shown_with_it(reference, tmp_path, task):
+    """Their ids are those of the annotations (TextVQA) or name file and question (MME)."""
+    room = reference / "evaluation" / task
+    if task == "mme":
+        truths, file = (
+            room / "converter" / "MME_Benchmark_release_version",
+            room / "converter" / "answers" / "toy.jsonl",
+        )
+    else:
+        truths, file = room / "TextVQA_0.5.1_val.json", room / "answers.jsonl"
+    answers = [json.loads(line) | {"text": "wrong"} for line in file.read_text().splitlines()]
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question_id": a["question_id"], "text": a["prompt"], "image": "x.png"} for a in answers]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    page = render_report([write_evaluation(tmp_path, task, questions, answers, truths)])
+    shown = min(len(answers), 24)
+    assert page.count("<figure>") >= page.count("data:image/jpeg") >= shown > 1
+    for answer in answers[:shown]:
+        assert html.escape(answer["prompt"]) in page
+
+
+def test_two_sets_of_one_task_stay_in_the_card(refcoco, tmp_path):
+    folder, checkpoint = refcoco
+    card = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, card)
+    for name in ("A", "B", "A"):
+        shutil.copytree(folder, tmp_path / name, dirs_exist_ok=True)
+        add_to_card([tmp_path / name], card)
+    found = [entry for entry in ModelCard.load(card / "README.md").data.eval_results if len(entry.dataset_name) == 1]
+    assert sorted(entry.dataset_name for entry in found) == ["A", "A", "B", "B"]
 
 
 def test_results_go_into_the_card_once(refcoco):

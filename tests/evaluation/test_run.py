@@ -15,7 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
-from convllava_hf.evaluation.run import build_chat, hash_checkpoint, set_chat_template
+from convllava_hf.evaluation import run as running
+from convllava_hf.evaluation.run import build_chat, evaluate, hash_checkpoint, set_chat_template
 from convllava_hf.evaluation.tasks import PROMPT_STYLES, find_task
 from convllava_hf.shipped import build_chat_template
 
@@ -43,7 +44,8 @@ def questions(tmp_path_factory) -> Path:
 
 def build_command(checkpoint, questions: Path, output: Path, *more) -> list[str]:
     command = ["eval", checkpoint, "--task", "contains", "--questions", questions, "--images", questions.parent]
-    command += ["--output", output, "--batch-size", 2, "--max-new-tokens", 6, "--device", "cpu", *more]
+    command += ["--output", output, "--batch-size", 2, "--max-new-tokens", 6, *more]
+    command += ["--device", "cpu"] if checkpoint else []
     return [str(part) for part in command if part is not None]
 
 
@@ -74,7 +76,8 @@ def test_answers_are_those_of_one_at_a_time(evaluated, converted, questions):
     assert len({row["text"] for row in predictions}) > 3, "answers that are all alike would prove nothing"
     results = json.loads((evaluated / "results.json").read_text())
     assert results["answers"] == 9 and results["asked"]["checkpoint"] and results["versions"]["transformers"]
-    assert results["numbers"]["contains"]["ours_interval"]
+    low, high = results["numbers"]["contains"]["ours_interval"]
+    assert low <= results["numbers"]["contains"]["ours"] <= high
 
 
 def test_a_torn_file_is_mended_to_the_same_bytes(evaluated, converted, questions, tmp_path):
@@ -271,6 +274,93 @@ def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
     assert problems["questions without an answer"] == {"count": 1, "first": [1]}
 
 
+def test_an_image_that_breaks_off_costs_its_own_row_only(converted, questions, tmp_path):
+    """Its first bytes tell a size, so only reading it whole shows the fault."""
+    rows = read_lines(questions)[:3]
+    for row in rows:
+        with Image.open(questions.parent / row["image"]) as image:
+            image.save(tmp_path / f"{row['question_id']}.jpg", quality=95)
+        row["image"] = f"{row['question_id']}.jpg"
+    content = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(content[: len(content) * 2 // 3])
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = build_command(converted, file, tmp_path / "results")
+    stopped = run(app, command)
+    assert stopped.exit_code == 3 and "1 images cannot be read, the first of question 1" in stopped.output
+    assert [row["question_id"] for row in read_lines(tmp_path / "results" / "predictions.jsonl")] == [0, 2]
+    assert run(app, [*command, "--skip-bad-images"]).exit_code == 0
+    problems = json.loads((tmp_path / "results" / "results.json").read_text())["problems"]
+    assert problems["images that cannot be read"] == {"count": 1, "first": [1]}
+    assert "requests that failed" not in problems
+
+
+def ask_in_process(questions, output, make, **options):
+    """An evaluation whose model is a function of this process."""
+    settings = {"images": questions.parent, "model_id": "toy", "checkpoint_hash": "0", "batch_size": 2}
+    return evaluate("contains", questions, output, make_answerer=make, **settings, **options)
+
+
+def test_a_line_that_another_process_is_writing_stays(questions, tmp_path):
+    """What is torn is mended before anyone appends; afterwards a half line may be a write that is going on."""
+    other = tmp_path / "answers-001.jsonl"
+
+    def make(style, longest, settings):
+        other.write_bytes(b'{"index": 1, "te')
+        return lambda batch: ["x"] * len(batch)
+
+    ask_in_process(questions, tmp_path, make, world=2)
+    assert other.read_bytes() == b'{"index": 1, "te'
+
+
+def test_answers_may_hold_any_line_separator(questions, tmp_path):
+    text = "one\u2028two\x85three\x1cfour"
+    for _ in range(2):  # and again, from the files
+        ask_in_process(questions, tmp_path, lambda *_: lambda batch: [text] * len(batch))
+    with open(tmp_path / "predictions.jsonl", encoding="utf-8") as lines:
+        assert {json.loads(line)["text"] for line in lines} == {text}
+
+
+def test_samples_per_second_are_those_of_all_processes(questions, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    for rank in (1, 0):
+        results = ask_in_process(questions, tmp_path, lambda *_: lambda batch: ["x"] * len(batch), rank=rank, world=2)
+    assert results["answers"] == 9 and results["samples_per_second"] == 9 / 2
+
+
+@pytest.mark.parametrize(("task", "message"), [("pope", "coco_pope_"), ("textvqa", "TextVQA"), ("mme", "MME's folder")])
+def test_truths_that_are_missing_are_named_before_anything_is_asked(questions, tmp_path, task, message):
+    def make(*_):
+        raise AssertionError("nothing may be loaded")
+
+    with pytest.raises(ValueError, match=message):
+        evaluate(task, questions, tmp_path, questions.parent, make_answerer=make, model_id="", checkpoint_hash="")
+    with pytest.raises(ValueError, match="needs a judge"):
+        evaluate("gpt-review", questions, tmp_path, make_answerer=make, model_id="", checkpoint_hash="")
+
+
+@pytest.mark.parametrize("task", ["textvqa", "mme"])
+def test_a_limit_counts_no_other_question_about_the_same_image(reference, tmp_path, task):
+    room = reference / "evaluation" / task
+    truths = room / "TextVQA_0.5.1_val.json"
+    if task == "mme":
+        room = room / "converter"
+        truths = room / "MME_Benchmark_release_version"
+    file = room / ("answers/toy.jsonl" if task == "mme" else "answers.jsonl")
+    rows = [{"question_id": row["question_id"], "text": row["prompt"]} for row in read_lines(file)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(*_):
+        return lambda batch: ["Yes"] * len(batch)
+
+    settings = {"model_id": "toy", "checkpoint_hash": "0", "limit": 2, "make_answerer": make}
+    results = evaluate(task, tmp_path / "q.jsonl", tmp_path / "results", annotations=truths, **settings)
+    outcomes = read_lines(tmp_path / "results" / "outcomes.jsonl")
+    assert len(outcomes) == 2 and sorted(row["prediction"] for row in outcomes) == [0, 1]
+    assert "questions without an answer" not in results["problems"]
+
+
 def test_duplicates_and_strangers_are_counted_and_named(questions, tmp_path):
     file = tmp_path / "answers.jsonl"
     rows = [{"question_id": name, "prompt": "", "text": "x"} for name in (0, 0, 1, 99)]
@@ -349,6 +439,21 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
     assert results["numbers"]["contains"]["ours"] == 100 and "requests that failed" not in results["problems"]
 
 
+@pytest.mark.parametrize(
+    "option", ["--max-image-tokens 64", "--dtype float32", "--quantize 8bit", "--revision main", "--device cpu"]
+)
+def test_options_of_a_local_model_are_refused_with_a_server(questions, tmp_path, option):
+    result = run(app, build_command(None, questions, tmp_path, "--server", "http://127.0.0.1:9/v1", *option.split()))
+    assert result.exit_code == 3 and f"{option.split()[0]}: the server decides that" in result.output
+
+
+def test_a_review_without_references_is_refused_before_anything_is_asked(talk, questions, tmp_path):
+    command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", str(questions)]
+    refused = run(app, [*command, "--output", str(tmp_path / "results"), "--judge-url", talk.url])
+    assert refused.exit_code == 3 and "needs --references FILE" in refused.output
+    assert not talk.requests and not (tmp_path / "results").exists()
+
+
 def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     room = reference / "evaluation" / "gpt_review"
     talk.reply = lambda body: "Steamed rice." if len(body["messages"]) == 1 else "(8, 6)\nBecause."
@@ -365,7 +470,7 @@ def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     assert len(talk.requests) - asked == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judge"] == {
-        **{"prompt_tokens": 40, "completion_tokens": 8, "cached": 3, "failed": 0},
+        **{"model": "gpt-4", "kind": "text", "prompt_tokens": 40, "completion_tokens": 8, "cached": 3, "failed": 0},
         "without a review": [],
     }
     # The rules for mathematics ask for a tuple, which the original cannot read: it counts -1 for both sides.

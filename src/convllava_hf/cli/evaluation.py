@@ -107,6 +107,13 @@ def evaluate(
         settings = {"temperature": temperature, "seed": seed, "max_image_tokens": max_image_tokens}
         rank, world, wait = 0, 1, lambda: None
         if server is not None:
+            local = {
+                **{"max-image-tokens": max_image_tokens, "device": device, "dtype": dtype != "auto" or None},
+                **{"quantize": quantize, "runtime": runtime, "revision": revision},
+                "trust-remote-code": trust_remote_code or None,
+            }
+            if given := [f"--{name}" for name, value in local.items() if value is not None]:
+                raise ValueError(f"{', '.join(given)}: the server decides that; give it where the server is started.")
             from ..evaluation.client import connect, find_model, make_server_answerer
 
             client = connect(server)
@@ -133,6 +140,8 @@ def evaluate(
 
         judge = None
         if judge_url is not None:
+            if references is None or (context is None and review_kind != "text"):
+                raise ValueError("a review needs --references FILE, and --context FILE unless --review-kind text.")
             judge = partial(review_answers, judge_url, judge_model, questions, references, context, review_kind, limit)
         results = run.evaluate(
             task,
@@ -157,6 +166,12 @@ def evaluate(
         )
         if rank == 0:
             report(results, output, as_json)
+            unread = results["problems"].get("images that cannot be read")
+            if unread and not skip_bad_images:
+                raise ValueError(
+                    f"{unread['count']} images cannot be read, the first of question {unread['first'][0]!r}; they "
+                    "count as not answered. Mend --images, or pass --skip-bad-images."
+                )
             if failed := results["problems"].get("requests that failed"):
                 raise ValueError(f"{failed['count']} requests failed and are not scored; the same command asks again.")
 
@@ -166,11 +181,9 @@ def review_answers(url, model, questions, references, context, kind, limit, pred
     from itertools import zip_longest
 
     from ..evaluation.client import Judge, connect, judge_answers
-    from ..evaluation.gpt_review import build_requests
+    from ..evaluation.gpt_review import JUDGES, build_requests
     from ..evaluation.scores import read_json_lines
 
-    if references is None or (context is None and kind != "text"):
-        raise ValueError("a review needs --references FILE, and --context FILE unless --review-kind text.")
     answered = {row["question_id"]: row for row in predictions}
     rows = list(zip_longest(read_json_lines(questions)[:limit], read_json_lines(references)[:limit]))
     for number, (question, reference) in enumerate(rows, 1):
@@ -188,7 +201,8 @@ def review_answers(url, model, questions, references, context, kind, limit, pred
         kind,
         model,
     )
-    return judge_answers(Judge(connect(url), output / "judge_replies.jsonl"), built, output)
+    told = judge_answers(Judge(connect(url), output / "judge_replies.jsonl"), built, output)
+    return {"model": model or JUDGES[kind], "kind": kind, **told}
 
 
 def report(results: dict, folder: Path, as_json: bool) -> None:

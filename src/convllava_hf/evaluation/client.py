@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..images import load_image
+from ..images import ImageError, load_image
 from .run import Answerer, append_answers, open_images
 from .tasks import PromptStyle, Question
 
@@ -82,8 +82,11 @@ def make_server_answerer(
     from openai import OpenAIError
 
     def ask(question: Question) -> str | Exception:
-        sources = open_images(question, images)
-        pictures = [{"type": "image_url", "image_url": {"url": encode_image(source)}} for source in sources]
+        try:
+            addresses = [encode_image(source) for source in open_images(question, images)]
+        except ImageError as error:
+            return error
+        pictures = [{"type": "image_url", "image_url": {"url": address}} for address in addresses]
         text = [{"type": "text", "text": question.text}]
         content = [*text, *pictures] if style.image_last else [*pictures, *text]
         try:
@@ -121,7 +124,7 @@ class Judge:
         if cache.exists():
             content = cache.read_bytes()
             os.truncate(cache, content.rfind(b"\n") + 1)  # a line that a crash tore
-            rows = (json.loads(line) for line in content[: content.rfind(b"\n") + 1].decode().splitlines())
+            rows = map(json.loads, content[: content.rfind(b"\n") + 1].splitlines())
             self.replies = {row["request"]: row for row in rows}
 
     def ask_all(self, requests: list[dict]) -> tuple[list[str | None], dict]:

@@ -94,7 +94,11 @@ class ConvLlavaEval(lmms):
     def _answer(self, batch: list[tuple], max_new_tokens: int, temperature: float) -> list[str]:
         settings = {"temperature": temperature, "max_image_tokens": self.max_image_tokens}
         answer = make_local_answerer(*self.loaded, None, self.style, max_new_tokens, settings)
-        return answer([Question(index, text, text, list(images)) for index, text, images, _, _ in batch])
+        answers = answer([Question(index, text, text, list(images)) for index, text, images, _, _ in batch])
+        for text in answers:
+            if isinstance(text, Exception):  # an image that cannot be read, which must not be scored
+                raise text
+        return answers
 
     def loglikelihood(self, requests):
         raise NotImplementedError("tasks that compare likelihoods are not supported; take one that generates.")

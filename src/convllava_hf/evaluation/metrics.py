@@ -6,6 +6,7 @@ Every scorer is a pure function of rows: `original` in its result is what the or
 
 import re
 from collections import defaultdict
+from itertools import chain
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
 
     The original pairs the answers of a category with its labels by position, so one missing answer shifts all that
     follow, and it counts everything that is not recognisably a no as a yes. Ours pairs by question and counts an answer
-    that is neither yes nor no as wrong.
+    that is neither yes nor no as wrong. The original prints one F1 per category; papers give their mean. The accuracy
+    and the yes ratio of all categories together are those of its pairs and answers.
 
     Args:
         questions: `question_id`, `category`.
@@ -50,14 +52,15 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
     joined = join_answers(answers, [question["question_id"] for question in questions], problems)
     if problems["answers without a question"]:
         original["error"] = f"KeyError: {problems['answers without a question'][0]}"
-    pairs = {"original": [], "ours": []}
+    pairs, read = {"original": {}, "ours": defaultdict(list)}, []
     for category, rows in labels.items():
         truths = ["no" if row["label"] == "no" else "yes" for row in rows]
         given = [answer for answer in answers if category_of.get(answer["question_id"]) == category]
         parsed = [parse_pope(answer["text"]) for answer in given]
         paired = list(zip(parsed, truths, strict=False))
         by_place = dict(zip([answer["question_id"] for answer in given], paired, strict=False))
-        pairs["original"] += paired
+        pairs["original"][category] = paired
+        read += parsed
         if "error" not in original:
             try:
                 original["categories"][category] = _count_pope(parsed, truths)
@@ -72,14 +75,26 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
             found = "missing" if text is None else parse_yes_no(text)
             if found == "other":
                 problems["answers that are neither yes nor no"].append(name)
-            pairs["ours"].append((found, truth))
+            pairs["ours"][category].append((found, truth))
             old = by_place.get(name)
             old = None if old is None else float(old[0] == old[1])
             outcomes.append(Outcome(name, float(found == truth), old, found, truth, category))
     score = score_means(original, outcomes, problems)
-    score.numbers["F1"] = tuple(_compute_f1(pairs[rule]) for rule in ("original", "ours"))
-    score.numbers["yes ratio"] = tuple(mean_of([float(p == "yes") for p, _ in pairs[r]]) for r in ("original", "ours"))
+    every = {rule: [*chain.from_iterable(groups.values())] for rule, groups in pairs.items()}
+    rules = ("original", "ours")
+    score.numbers["accuracy"] = tuple(_rate_pairs(every[rule]) for rule in rules)
+    score.numbers["F1, mean of categories"] = tuple(_compute_f1(pairs[rule]) for rule in rules)
+    for name in labels:
+        score.numbers[f"F1, {name}"] = tuple(_compute_f1({name: pairs[rule].get(name, [])}) for rule in rules)
+        if len(labels) > 1:
+            score.numbers[f"category: {name}"] = tuple(_rate_pairs(pairs[rule].get(name, [])) for rule in rules)
+    said = (read, [found for found, _ in every["ours"]])
+    score.numbers["yes ratio"] = tuple(mean_of(float(word == "yes") for word in words) for words in said)
     return score
+
+
+def _rate_pairs(pairs: list[tuple[str, str]]) -> Statistic:
+    return mean_of(float(said == truth) for said, truth in pairs)
 
 
 def _count_pope(parsed: list[str], truths: list[str]) -> dict:
@@ -98,12 +113,16 @@ def _count_pope(parsed: list[str], truths: list[str]) -> dict:
     }
 
 
-def _compute_f1(pairs: list[tuple[str, str]]) -> Statistic:
+def _compute_f1(groups: dict[str, list[tuple[str, str]]]) -> Statistic:
+    """The mean over groups of the F1 of each."""
+    pairs = [*chain.from_iterable(groups.values())]
     said, true = (np.array([pair[place] == "yes" for pair in pairs], dtype=bool) for place in (0, 1))
+    group = np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
 
     def compute(indices):
-        hits = (said[indices] & true[indices]).sum()
-        return 200 * hits / max(said[indices].sum() + true[indices].sum(), 1)
+        counts = [np.bincount(group[indices], marks[indices], len(groups)) for marks in (said & true, said, true)]
+        members = np.bincount(group[indices], minlength=len(groups)) > 0
+        return float((200 * counts[0] / np.maximum(counts[1] + counts[2], 1))[members].mean())
 
     return Statistic(len(pairs), compute)
 
@@ -150,6 +169,9 @@ def rate_vqa_answers(answers: list[str]) -> dict[str, float]:
 def score_textvqa(annotations: dict, answers: list[dict], name: str = "answers") -> Score:
     """TextVQA. In the original an empty answer scores where people gave "a" or "the"; in ours it does not.
 
+    The original takes the mean over the answers that are there; ours over the questions, of which each counts once,
+    with its last answer, and as wrong without any.
+
     Args:
         annotations: `data`: `image_id`, `question`, `question_id`, `answers` (10).
         answers: `question_id` (the image's), `prompt` (which holds the question), `text`.
@@ -161,14 +183,15 @@ def score_textvqa(annotations: dict, answers: list[dict], name: str = "answers")
     Source: haotian-liu/LLaVA, `llava/eval/eval_textvqa.py`, `m4c_evaluator.py`.
     """
     known = {(row["image_id"], row["question"].lower()): row for row in annotations["data"]}
-    problems, rows, outcomes, exact, seen = defaultdict(list), [], [], [], set()
-    for answer in answers:
+    problems, rows, outcomes, exact, seen = defaultdict(list), [], [], [], {}
+    for place, answer in enumerate(answers):
         key = (answer["question_id"], read_question(answer["prompt"]))
         if key not in known:
             raise ValueError(f"KeyError: the annotations have no question {key[1]!r} about image {key[0]!r}.")
         if key in seen:
             problems["answered twice"].append(key)
-        seen.add(key)
+            outcomes[seen[key]].ours = None
+        seen[key] = place
         row, predicted = known[key], normalise_vqa(answer["text"])
         rated = rate_vqa_answers(row["answers"])
         rows.append(
@@ -184,10 +207,13 @@ def score_textvqa(annotations: dict, answers: list[dict], name: str = "answers")
         exact.append(float(predicted in rated))
         worth = rows[-1]["score"]
         best = max(rated, key=rated.get)
-        outcomes.append(Outcome(row["question_id"], worth if answer["text"].strip() else 0.0, worth, predicted, best))
-    problems["questions without an answer"] += [row["question_id"] for key, row in known.items() if key not in seen]
+        ours = worth if answer["text"].strip() else 0.0
+        outcomes.append(Outcome(row["question_id"], ours, worth, predicted, best, prediction=place))
+    missing = [row["question_id"] for key, row in known.items() if key not in seen]
+    problems["questions without an answer"] += missing
+    outcomes += [Outcome(name, 0.0, None) for name in missing]
     if not rows:
-        return score_means({"error": "ZeroDivisionError: no answers"}, [], problems)
+        return score_means({"error": "ZeroDivisionError: no answers"}, outcomes, problems)
     accuracy = sum(row["score"] for row in rows) / len(rows)
     original = {
         "stdout": f"{name}\nSamples: {len(rows)}\nAccuracy: {100.0 * accuracy:.2f}%",

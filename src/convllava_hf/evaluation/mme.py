@@ -1,12 +1,13 @@
 """MME: accuracy, and accuracy over images whose two questions are both right; its files and their converter."""
 
+import io
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from .metrics import parse_yes_no
-from .scores import Outcome, Score, Statistic
+from .scores import Outcome, Score, Statistic, mean_of
 
 
 GROUPS = {
@@ -105,12 +106,71 @@ def score_mme(tasks: dict[str, list[str]]) -> Score:
     # `results` is what the reference calls the same.
     original = {"results": {"tasks": numbers, "total": total}, "tasks": numbers, "total": total}
     score = Score(original, outcomes, problems=problems)
-    for group in total:
-        chosen = [images[name] for name in GROUPS[group]]
-        score.numbers[f"{group} (of {200 * len(chosen)})"] = tuple(_sum_scores(chosen, rule) for rule in (0, 1))
-    if not total:
-        for name in numbers:
-            score.numbers[f"{name} (of 200)"] = tuple(_sum_scores([images[name]], rule) for rule in (0, 1))
+    score.numbers = _list_numbers(images)
+    return score
+
+
+def _list_numbers(images: dict[str, list]) -> dict[str, tuple[Statistic, Statistic]]:
+    """The sum of each group whose tasks are all there; where there is none, each task."""
+    chosen = {group: members for group, members in GROUPS.items() if all(name in images for name in members)}
+    return {
+        f"{name} (of {200 * len(members)})": tuple(
+            _sum_scores([images[task] for task in members], rule) for rule in (0, 1)
+        )
+        for name, members in (chosen or {task: [task] for task in images}).items()
+    }
+
+
+def list_mme_lines(text: str) -> list[str]:
+    """The lines of a file of MME as reading it gives them: an answer that has line breaks makes several."""
+    return io.StringIO(text, newline=None).readlines()
+
+
+def score_mme_answers(truths: dict, answers: list[dict], asked: dict | None = None) -> Score:
+    """MME from a model's answers: the original by the files that they make, ours by question.
+
+    In ours an answer is its whole text, of several the last counts, and a question without any is wrong.
+
+    Args:
+        truths: from `read_mme_truths`.
+        answers: as for `convert_mme`.
+        asked: image -> prompts of the questions that were asked. Default: all of the tasks that have an answer.
+    """
+    texts = convert_mme(truths, answers)
+    try:
+        score = score_mme({name: list_mme_lines(text) for name, text in texts.items()})
+    except ValueError as error:
+        score = Score({"error": str(error)})
+    score.original["converter"] = {f"{name}.txt": text for name, text in texts.items()}
+    old = score.outcomes
+    places = defaultdict(list)
+    for place, answer in enumerate(answers):
+        places[_find_question(truths, answer["question_id"], answer["prompt"])].append(place)
+    keys = [key for key in truths if key[0] in texts]
+    if asked is not None:
+        keys = [_find_question(truths, name, prompt) for name, prompts in asked.items() for prompt in prompts]
+    rated = {(outcome.category, outcome.question_id): outcome.original for outcome in old}
+    score.outcomes, images = [], {}
+    for key in dict.fromkeys(keys):
+        task, file, question = key
+        last = places[key][-1] if key in places else None
+        said, truth = "missing" if last is None else parse_yes_no(answers[last]["text"]), truths[key].lower()
+        name = f"{file}: {question}"
+        images.setdefault(task, {}).setdefault(file, []).append([False, said == truth])
+        score.outcomes.append(
+            Outcome(name, float(said == truth), rated.get((task, name)), said, truth, task, prediction=last)
+        )
+    score.problems["answered twice"] += [key for key, found in places.items() if len(found) > 1]
+    wanted = truths if asked is None else dict.fromkeys(keys)
+    score.problems["questions without an answer"] += [key for key in wanted if key not in places]
+    unclear = [outcome.question_id for outcome in score.outcomes if outcome.parsed == "other"]
+    score.problems["answers that are neither yes nor no"] = unclear
+    images = {task: list(files.values()) for task, files in images.items()}
+    for name, (_, ours) in _list_numbers(images).items():
+        score.numbers[name] = (score.numbers.get(name, (None, None))[0], ours)
+    for task in images if len(images) > 1 else ():
+        theirs = mean_of(outcome.original for outcome in old if outcome.category == task)
+        score.numbers[f"category: {task}"] = (theirs, mean_of(o.ours for o in score.outcomes if o.category == task))
     return score
 
 
@@ -158,17 +218,22 @@ def convert_mme(truths: dict[tuple[str, str, str], str], answers: list[dict]) ->
     Source: haotian-liu/LLaVA's public `convert_answer_to_mme.py`.
     """
     files = defaultdict(str)
-    ours, theirs = "Answer the question using a single word or phrase.", "Please answer yes or no."
     for answer in answers:
-        task, name = answer["question_id"].split("/")[0], answer["question_id"].split("/")[-1].split(".")[0] + ".txt"
-        question = answer["prompt"]
-        if ours in question:
-            question = question.replace(ours, "").strip()
-        if theirs not in question:
-            question = f"{question} {theirs}"
-            if (task, name, question) not in truths:
-                question = question.replace(f" {theirs}", f"  {theirs}")
-        if (task, name, question) not in truths:
-            raise ValueError(f"KeyError: MME has no question {question!r} in {task}/{name}.")
-        files[task] += "\t".join((name, question, truths[task, name, question], answer["text"])) + "\n"
+        key = _find_question(truths, answer["question_id"], answer["prompt"])
+        files[key[0]] += "\t".join((*key[1:], truths[key], answer["text"])) + "\n"
     return dict(files)
+
+
+def _find_question(truths: dict, image: str, prompt: str) -> tuple[str, str, str]:
+    """The task, file and question of a prompt."""
+    ours, theirs = "Answer the question using a single word or phrase.", "Please answer yes or no."
+    task, name, question = image.split("/")[0], image.split("/")[-1].split(".")[0] + ".txt", prompt
+    if ours in question:
+        question = question.replace(ours, "").strip()
+    if theirs not in question:
+        question = f"{question} {theirs}"
+        if (task, name, question) not in truths:
+            question = question.replace(f" {theirs}", f"  {theirs}")
+    if (task, name, question) not in truths:
+        raise ValueError(f"KeyError: MME has no question {question!r} in {task}/{name}.")
+    return task, name, question

@@ -17,16 +17,20 @@ from .scores import read_json, read_json_lines
 from .tasks import PROMPT_STYLES, find_task, read_rows
 
 
-# Task -> column of the published tables, and the number of ours that stands beside it.
+# Task -> label of the published results, and the number of ours that stands beside it.
 PUBLISHED = {
-    "mme": ("MME", "Perception (of 2000)"),
-    "mmbench": ("MMB", "accuracy"),
-    "seed_bench": ("SEED", "accuracy"),
-    "textvqa": ("Text", "accuracy"),
-    "pope": ("POPE", "F1"),
-    "scienceqa": ("SQA-image", "image accuracy"),
+    "mme": ("MME (perception)", "Perception (of 2000)"),
+    "mmbench": ("MMBench", "accuracy"),
+    "mmbench_cn": ("MMBench (Chinese)", "accuracy"),
+    "seed_bench": ("SEED-Bench", "accuracy"),
+    "textvqa": ("TextVQA", "accuracy"),
+    "pope": ("POPE", "F1, mean of categories"),
+    "scienceqa": ("ScienceQA (image)", "image accuracy"),
     "gqa": ("GQA", "accuracy"),
-    "gpt_review": ("LLaVA-W", "relative score"),
+    "vqav2": ("VQAv2", "accuracy"),
+    "vizwiz": ("VizWiz", "accuracy"),
+    "mmvet": ("MM-Vet", "accuracy"),
+    "gpt_review": ("LLaVA-Bench (in the wild)", "relative score"),
 }
 REFCOCO = {"refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refcoco": "RefCOCO"}
 THUMBNAIL = 420  # pixels
@@ -58,20 +62,17 @@ figcaption { padding: .5rem .7rem; font-size: .86rem; overflow-wrap: anywhere; w
 
 def find_published(task: str, run: dict) -> tuple[dict[str, float], str]:
     """What the originals' READMEs say, model -> number, and the name of our number beside it."""
-    column, number = PUBLISHED.get(task, (None, "accuracy"))
+    label, number = PUBLISHED.get(task, (None, "accuracy"))
     split = None
     if task == "refcoco":
         name = Path(run["questions"]).stem
         family = next((key for key in REFCOCO if name.startswith(f"{key}_")), None)
-        column = REFCOCO.get(family)
+        label = REFCOCO.get(family)
         split = {"testA": "test-A", "testB": "test-B"}.get(name.partition("_")[2], name.partition("_")[2])
     found = {}
     for model, facts in read_facts().items():
-        for result in facts.get("results", []) if column else []:
-            label = result.dataset_name.split(" (")[0]
-            wanted = {"MMB": "MMBench", "SEED": "SEED-Bench", "Text": "TextVQA", "SQA-image": "ScienceQA"}
-            wanted |= {"LLaVA-W": "LLaVA-Bench"}
-            if label == wanted.get(column, column) and result.dataset_split == split:
+        for result in facts.get("results", []):
+            if (result.dataset_name, result.dataset_split) == (label, split):
                 found[model.removesuffix("-hf")] = result.metric_value
     return found, number
 
@@ -157,13 +158,19 @@ def render_wrong(folder: Path, run: dict, most: int) -> str:
     if not outcomes or not Path(run["questions"]).is_file():
         return ""
     name, style = run["asked"]["task"], PROMPT_STYLES[run["asked"]["prompt_style"]]
-    questions = {str(q.question_id): q for q in find_task(name)[1].read(Path(run["questions"]), style)}
-    said = {str(row["question_id"]): row["text"] for row in read_json_lines(folder / "predictions.jsonl")}
+    asked = find_task(name)[1].read(Path(run["questions"]), style)
+    questions = {(str(q.question_id), q.prompt): q for q in asked}
+    questions |= {str(q.question_id): q for q in asked}
+    predictions = read_json_lines(folder / "predictions.jsonl")
+    said = {str(row["question_id"]): row["text"] for row in predictions}
     boxes = read_rows(Path(run["questions"])) if name == "refcoco" else []
     figures = []
     for outcome in outcomes[:most]:
         question = questions.get(str(outcome["question_id"]))
         answer = said.get(str(outcome["question_id"]), "no answer")
+        if outcome["prediction"] is not None:  # of tasks that tell questions about one image by their text
+            row = predictions[outcome["prediction"]]
+            question, answer = questions.get((str(row["question_id"]), row["prompt"])), row["text"]
         picture = ""
         if question is not None:
             try:
@@ -201,7 +208,7 @@ def write_report(folders: list[Path], output: Path, wrong: int = 24) -> None:
 
 
 def add_to_card(folders: list[Path], checkpoint: Path) -> int:
-    """Writes the results into the metadata of a checkpoint's model card, for the Hub; those of the same tasks give way.
+    """Writes the results into the metadata of a checkpoint's model card, in place of those of the same folders.
 
     Args:
         folders: of `convllava eval`.
@@ -233,14 +240,16 @@ def add_to_card(folders: list[Path], checkpoint: Path) -> int:
                             task_type="image-text-to-text",
                             dataset_type=content["task"],
                             dataset_name=folder.name,
+                            dataset_config=folder.name,  # without it the Hub's format joins results of one type
                             metric_type=name,
                             metric_name=f"{name} ({'the original scorer' if rule == 'original' else 'convllava-hf'})",
                             metric_value=round(numbers[rule], 4),
                             dataset_args={"questions": content["questions"], **content["asked"]["settings"]},
                         )
                     )
-    names = {result.dataset_type for result in results}
-    kept = [result for result in card.data.eval_results or [] if result.dataset_type not in names]
+    names = {(result.dataset_type, result.dataset_name) for result in results}
+    old = card.data.eval_results or []
+    kept = [result for result in old if (result.dataset_type, result.dataset_name) not in names]
     card.data.eval_results = kept + results
     card.data.model_name = card.data.model_name or checkpoint.resolve().name
     card.save(file)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -136,11 +137,16 @@ def make_local_answerer(
     original_rgb = getattr(processor.image_processor, "original_rgb", False)
 
     def answer(questions: list[Question]) -> list[str | Exception]:
-        sources = [open_images(question, images) for question in questions]
-        chats = [
-            build_chat(question, [load_image(source, original_rgb=original_rgb) for source in found], style)
-            for question, found in zip(questions, sources, strict=True)
-        ]
+        chats, answers = [], [None] * len(questions)
+        for place, question in enumerate(questions):
+            try:  # the first bytes of an image may be whole and the rest not
+                found = [load_image(source, original_rgb=original_rgb) for source in open_images(question, images)]
+            except ImageError as error:
+                answers[place] = error
+                continue
+            chats.append(build_chat(question, found, style))
+        if not chats:
+            return answers
         inputs = processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -156,7 +162,8 @@ def make_local_answerer(
         length = inputs["input_ids"].shape[1]
         tokens = model.generate(**inputs, generation_config=config, **stops)[:, length:]  # (B, S + new) -> (B, new)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [strip_ends(text, ends) for text in texts]
+        texts = iter(strip_ends(text, ends) for text in texts)
+        return [next(texts) if answer is None else answer for answer in answers]
 
     return answer
 
@@ -195,15 +202,20 @@ def append_answers(file: Path, rows: list[dict]) -> None:
         os.fsync(out.fileno())
 
 
-def read_answers(folder: Path) -> dict[int, dict]:
-    """Answers so far by the index of their question. A line that a crash tore is cut off its file."""
+def read_answers(folder: Path, mend: bool = False) -> dict[int, dict]:
+    """Answers so far by the index of their question, without torn lines.
+
+    Args:
+        folder: of the results.
+        mend: cut the line that a crash tore off its file. Only where no process appends: its line may be half visible.
+    """
     rows = {}
     for file in sorted(folder.glob("answers-*.jsonl")):
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        if mend and len(whole) < len(content):
             os.truncate(file, len(whole))
-        rows |= {row["index"]: row for row in map(json.loads, whole.decode().splitlines())}
+        rows |= {row["index"]: row for row in map(json.loads, whole.splitlines())}
     return rows
 
 
@@ -241,22 +253,26 @@ def answer_all(
     batches: list[list[int]],
     answer: Answerer,
     folder: Path,
+    done: dict[int, dict],
     rank: int = 0,
     world: int = 1,
     whole_batches: bool = True,
-) -> tuple[dict[int, str], float]:
+) -> tuple[dict[int, Exception], int, float]:
     """Answers what is not answered yet, batch by batch of the plan.
 
     Numbers of a batch depend on its other rows, in their last digits. So a batch that was half written is answered
     again as a whole, and its answers are those of an unbroken run; with `whole_batches=False` only what is missing is.
 
+    Args:
+        done: from `read_answers`, of before any process appends.
+
     Returns:
-        Index -> error for questions without an answer, and samples per second.
+        Index -> error for questions without an answer; how many were asked, and in how many seconds.
     """
-    done, errors = read_answers(folder), {}
+    errors = {}
     file = folder / f"answers-{rank:03d}.jsonl"
     mine = batches[rank::world]
-    first, started = sum(index in done for batch in mine for index in batch), time.monotonic()
+    first, started, count = sum(index in done for batch in mine for index in batch), time.monotonic(), 0
     progress = tqdm(total=sum(map(len, mine)), initial=first, unit=" samples", disable=rank > 0)
     for batch in mine:
         missing = [index for index in batch if index not in done]
@@ -265,13 +281,14 @@ def answer_all(
         batch, rows = batch if whole_batches else missing, []
         for index, text in zip(batch, answer([questions[index] for index in batch]), strict=True):
             if isinstance(text, Exception):
-                errors[index] = str(text)
+                errors[index] = text
             elif index not in done:
                 rows.append({"index": index, "text": text})
         append_answers(file, rows)
         progress.update(len(missing))
+        count += len(missing)  # which a progress bar that is not shown does not keep
     progress.close()
-    return errors, (progress.n - first) / max(time.monotonic() - started, 1e-9)
+    return errors, count, time.monotonic() - started
 
 
 def write_predictions(questions: list[Question], folder: Path, model_id: str) -> int:
@@ -358,11 +375,30 @@ def score_run(folder: Path, run: dict, questions: Path | None, annotations: Path
     asked = None
     if limit:
         style = PROMPT_STYLES[run["asked"]["prompt_style"]]
-        asked = {question.question_id for question in find_task(name)[1].read(questions, style)[:limit]}
+        asked = list_asked(find_task(name)[1].read(questions, style)[:limit])
     score = score_task(name, predictions, questions, annotations, asked)
     for kind, names in run.get("problems", {}).items():
         score.problems[kind] = score.problems.get(kind, []) + names
     return score
+
+
+def list_asked(questions: list[Question]) -> dict:
+    """Id -> the prompts of the questions that have it."""
+    asked = defaultdict(list)
+    for question in questions:
+        asked[question.question_id].append(question.prompt)
+    return dict(asked)
+
+
+def check_truths(name: str, questions: Path, annotations: Path | None, asked: dict) -> None:
+    """Scores no answers at all, so that a file of truths that is missing is named before anything is asked.
+
+    Raises:
+        ValueError: it is missing, or does not fit the task.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "answers.jsonl").touch()
+        score_task(name, Path(folder) / "answers.jsonl", questions, annotations, asked)
 
 
 def hash_text(file: Path) -> str:
@@ -425,13 +461,17 @@ def evaluate(
         The content of results.json; of other processes than the first an empty dictionary.
 
     Raises:
-        ValueError: images that cannot be read, no such task, or a folder with answers of another run.
+        ValueError: images that cannot be read, no such task, truths or judge that it needs and does not have, or a
+            folder with answers of another run.
     """
     name, task = find_task(task_name)
     if prompt_style not in PROMPT_STYLES:
         raise ValueError(f"prompt_style={prompt_style!r}; expected one of {', '.join(PROMPT_STYLES)}.")
     style = PROMPT_STYLES[prompt_style]
     asked = task.read(questions, style)[:limit]
+    if name == "gpt_review" and judge is None:
+        raise ValueError("gpt-review needs a judge; pass --judge-url URL.")
+    check_truths(name, questions, annotations, list_asked(asked))
     settings = dict(settings or {})
     longest = max_new_tokens or task.max_new_tokens
     run = {
@@ -463,24 +503,32 @@ def evaluate(
     wait()
     check_run(output, run)
     batches = plan_batches(asked, sizes, batch_size)
-    done = read_answers(output)
+    done = read_answers(output, mend=True)
     wait()
-    errors, speed = {}, None
+    errors, count, seconds = {}, 0, 0.0
     if any(index not in done for index in sizes):
         answerer = make_answerer(style, longest, settings)
-        errors, speed = answer_all(asked, batches, answerer, output, rank, world, whole_batches)
-    write_json(output / f".errors-{rank:03d}.json", {str(asked[i].question_id): text for i, text in errors.items()})
+        errors, count, seconds = answer_all(asked, batches, answerer, output, done, rank, world, whole_batches)
+    unread, failed = (
+        [asked[index].question_id for index, error in errors.items() if isinstance(error, ImageError) == of_image]
+        for of_image in (True, False)
+    )
+    told = {"unread": unread, "failed": failed, "count": count, "seconds": seconds}
+    write_json(output / f".told-{rank:03d}.json", told)
     wait()
     if rank:
         return {}
-    failed = {}
-    for file in sorted(output.glob(".errors-*.json")):
-        failed |= read_json(file)
+    told = []
+    for file in sorted(output.glob(".told-*.json")):
+        told.append(read_json(file))
         file.unlink()
+    seconds = max(part["seconds"] for part in told)  # of the process that took longest
+    speed = sum(part["count"] for part in told) / seconds if seconds else None
     count = write_predictions(asked, output, model_id)
     run["problems"] = {
-        "images that cannot be read": [asked[index].question_id for index in bad],
-        "requests that failed": sorted(failed),
+        "images that cannot be read": [asked[index].question_id for index in bad]
+        + [name for part in told for name in part["unread"]],
+        "requests that failed": [name for part in told for name in part["failed"]],
     }
     write_json(output / "run.json", run)
     extra = {"task": name, "model": model_id, "asked": run["asked"], "versions": run["versions"]}

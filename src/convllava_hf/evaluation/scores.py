@@ -23,6 +23,7 @@ class Outcome:
         parsed: what the answer was read as.
         truth: what was expected.
         category: group of the question.
+        prediction: place of its answer in the predictions file, where the id alone does not find it.
     """
 
     question_id: str | int
@@ -31,6 +32,7 @@ class Outcome:
     parsed: str = ""
     truth: str = ""
     category: str = ""
+    prediction: int | None = None
 
 
 @dataclass
@@ -79,20 +81,26 @@ class Score:
     problems: dict[str, list] = field(default_factory=lambda: defaultdict(list))
 
     def summarise(self) -> dict:
-        """Name -> value and interval by each rule, categories included: plain data for a results file."""
+        """Name -> value and interval by each rule, categories included: plain data for a results file.
+
+        Where the original's code stops there is no number by its rule.
+        """
         numbers = dict(self.numbers)
         groups = defaultdict(list)
         for outcome in self.outcomes:
             groups[outcome.category].append(outcome)
         if len(groups) > 1:
             for name, members in sorted(groups.items()):
-                numbers[f"category: {name}"] = (mean_of(o.original for o in members), mean_of(o.ours for o in members))
+                means = (mean_of(o.original for o in members), mean_of(o.ours for o in members))
+                numbers.setdefault(f"category: {name}", means)
         summary = {}
         for name, rules in numbers.items():
             summary[name] = {}
             for rule, statistic in zip(("original", "ours"), rules, strict=True):
-                if statistic is not None and statistic.size:
-                    summary[name][rule] = statistic.value()
+                if rule == "original" and "error" in self.original:
+                    continue
+                if statistic is not None and (value := statistic.value()) is not None:
+                    summary[name][rule] = value
                     summary[name][f"{rule}_interval"] = statistic.interval()
                     summary[name]["count"] = statistic.size
         return {name: values for name, values in summary.items() if values}

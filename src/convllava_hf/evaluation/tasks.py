@@ -132,13 +132,13 @@ class Files:
         predictions: JSON Lines with `question_id`, `prompt`, `text`, or what the task's own scorer reads.
         questions: the question file.
         annotations: the truths, where they are in another file or folder.
-        asked: ids of the questions that were asked; `None` for all.
+        asked: id -> prompts of the questions that were asked; `None` for all.
     """
 
     predictions: Path
     questions: Path | None = None
     annotations: Path | None = None
-    asked: set | None = None
+    asked: dict | None = None
 
     @property
     def answers(self) -> list[dict]:
@@ -202,7 +202,9 @@ def _score_pope(files: Files) -> Score:
 
 def _score_textvqa(files: Files) -> Score:
     truths = files.find(lambda content: isinstance(content, dict) and "data" in content, "TextVQA_0.5.1_val.json")
-    truths = {"data": files.keep(truths["data"], "image_id")}
+    if files.asked is not None:  # by image, of which only some questions may have been asked
+        wanted = {(name, metrics.read_question(text)) for name, texts in files.asked.items() for text in texts}
+        truths = {"data": [row for row in truths["data"] if (row["image_id"], row["question"].lower()) in wanted]}
     return metrics.score_textvqa(truths, files.answers, files.predictions.stem)
 
 
@@ -232,7 +234,7 @@ def _score_mmbench(files: Files) -> Score:
 def _score_seed(files: Files) -> Score:
     truths = dict(files.find(lambda content: isinstance(content, dict) and "questions" in content, "SEED-Bench.json"))
     if files.asked is not None:
-        known = files.asked | {str(name) for name in files.asked}
+        known = {*files.asked, *map(str, files.asked)}
         truths["questions"] = [row for row in truths["questions"] if row["question_id"] in known]
     return choices.score_seed(truths, files.answers)
 
@@ -247,15 +249,7 @@ def _score_mme(files: Files) -> Score:
         if folder is None:
             raise ValueError("pass MME's folder (MME_Benchmark_release_version) as --annotations DIR.")
         truths = mme.read_mme_truths(folder)
-        texts = mme.convert_mme(truths, files.answers)
-        tasks = {name: text.splitlines(keepends=True) for name, text in texts.items()}
-        score = mme.score_mme(tasks)
-        counts = Counter((name, *line.split("\t")[:2]) for name, lines in tasks.items() for line in lines)
-        score.problems["answered twice"] += [key for key, count in counts.items() if count > 1]
-        if files.asked is None:
-            score.problems["questions without an answer"] += [key for key in truths if key not in counts]
-        score.original["converter"] = {f"{name}.txt": text for name, text in texts.items()}
-        return score
+        return mme.score_mme_answers(truths, files.answers, files.asked)
     found = [files.predictions] if files.predictions.is_file() else sorted(files.predictions.glob("*.txt"))
     if not found:
         raise ValueError(f"no .txt file in {files.predictions}; expected MME's results, one file per task.")
@@ -289,7 +283,7 @@ def _join_by_place(files: Files, questions: Path, answers: list[dict]) -> tuple[
 
 def _score_refcoco(files: Files) -> Score:
     rows = read_rows(files.predictions)
-    has_ids = bool(rows) and "question_id" in rows[0]
+    has_ids = not rows or "question_id" in rows[0]
     truths, said, problems = _join_by_place(files, files.need("the question file of RefCOCO"), rows if has_ids else [])
     if not has_ids:
         return grounding.score_refcoco(truths, [row["answer"] for row in rows])
@@ -308,17 +302,21 @@ def _score_reviews(files: Files) -> Score:
         names = ("*",) if "review" in str(files.predictions) else ("gpt4_text*", "reviews_*", "review_*")
         found = sorted(file for name in names for file in files.predictions.glob(f"{name}.jsonl"))
     score = gpt_review.score_reviews([row for file in found for row in read_json_lines(file)])
-    score.original["summary"] = dict.fromkeys(("files", "dir")[: 1 + is_folder], gpt_review.print_summary(found))
-    if not is_folder:
-        lines = gpt_review.print_llavar_summary(files.predictions, str(files.predictions))
-        score.original["summary"]["llavar_variant"] = lines
+    try:
+        score.original["summary"] = dict.fromkeys(("files", "dir")[: 1 + is_folder], gpt_review.print_summary(found))
+        if not is_folder:
+            lines = gpt_review.print_llavar_summary(files.predictions, str(files.predictions))
+            score.original["summary"]["llavar_variant"] = lines
+    except ZeroDivisionError:
+        score.original["error"] = "ZeroDivisionError: a category whose reference answers have a mean of 0"
     return score
 
 
 def _score_plain(comparison: str) -> Callable[[Files], Score]:
     def score(files: Files) -> Score:
-        truths, categories = {}, {}
+        truths, categories, twice = {}, {}, []
         for file in files.given:
+            counts = Counter()
             for number, row in enumerate(read_rows(file)):
                 name = row.get("question_id", row.get("id", number))
                 truth = next((row[key] for key in ("answer", "answers", "label", "gt_answers") if key in row), None)
@@ -326,10 +324,14 @@ def _score_plain(comparison: str) -> Callable[[Files], Score]:
                     truth = row["conversations"][1]["value"]
                 if truth is not None and (files.asked is None or name in files.asked):
                     truths[name] = truth
+                    counts[name] += 1
                     categories[name] = row.get("category")
+            twice += [name for name, count in counts.items() if count > 1]
         if not truths:
             raise ValueError("no question has an 'answer'; put them into the question file or pass --annotations FILE.")
-        return metrics.score_plain(comparison, truths, files.answers, categories)
+        score = metrics.score_plain(comparison, truths, files.answers, categories)
+        score.problems["asked twice"] = twice
+        return score
 
     return score
 
@@ -385,7 +387,7 @@ def score_task(
     predictions: Path,
     questions: Path | None = None,
     annotations: Path | None = None,
-    asked: set | None = None,
+    asked: dict | None = None,
 ) -> Score:
     """Scores a file of predictions.
 
@@ -394,7 +396,7 @@ def score_task(
         predictions: JSON Lines with `question_id`, `prompt`, `text`, or what the task's own scorer reads.
         questions: the question file.
         annotations: the truths, where they are in another file or folder.
-        asked: ids of the questions that were asked. Default: all of the file.
+        asked: id -> prompts of the questions that were asked. Default: all of the file.
 
     Raises:
         ValueError: a file that is missing, or that does not fit the task.

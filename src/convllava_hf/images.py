@@ -23,11 +23,8 @@ from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image
 
-# The HTTP client that transformers itself fetches images with: its distribution differs between versions.
-from transformers.image_utils import httpx
-
 from . import __version__
-from .model.image_processing_convllava import convert_to_rgb, draft_photo
+from .model.pixels_convllava import convert_to_rgb, draft_photo
 
 
 if TYPE_CHECKING:
@@ -122,6 +119,10 @@ def _name_image(source) -> str:
 
 def _download(url: str, name: str, timeout: float) -> bytes:
     """Fetches a URL with one deadline for all of it and a limit on size; raises ImageError."""
+    # The HTTP client that transformers itself fetches images with: its distribution differs between versions. It comes
+    # with torch, which opening files does not need.
+    from transformers.image_utils import httpx
+
     done = Future()
 
     def run():
@@ -145,6 +146,8 @@ def _download(url: str, name: str, timeout: float) -> bytes:
 
 
 async def _read_url(url: str, name: str) -> bytes:
+    from transformers.image_utils import httpx
+
     headers = {"User-Agent": f"convllava-hf/{__version__}"}  # some hosts refuse the client's own
     data = bytearray()
     async with (

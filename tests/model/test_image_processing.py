@@ -161,7 +161,8 @@ def test_paths_give_upright_pixels_in_both_backends(tmp_path):
 
 
 def test_long_strips_are_padded_within_bounds(backend, monkeypatch):
-    monkeypatch.setattr("convllava_hf.model.image_processing_convllava.MAX_SIDE", 4096)  # as 16,384, but faster
+    for module in ("image_processing_convllava", "pixels_convllava"):
+        monkeypatch.setattr(f"convllava_hf.model.{module}.MAX_SIDE", 4096)  # as 16,384, but faster
     strip = Image.new("RGB", (40000, 2), "red")  # its square would hold 4.8 GB
     pixels = in_levels(make(backend)(strip, return_tensors="pt")["pixel_values"][0], make(backend))
     assert pixels.shape == (3, SIDE, SIDE) and pixels[0, 0, 0].round() == int(make(backend).image_mean[0] * 255)

@@ -41,6 +41,21 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
     assert run(code) == [[]]
 
 
+def test_checking_the_images_of_a_dataset_loads_no_torch():
+    """Each process of a build does it: with torch, it would hold four times the memory and start seconds later."""
+    code = """
+import io, json, sys
+import convllava_hf.data.build
+from PIL import Image
+from convllava_hf.images import load_image
+file = io.BytesIO()
+Image.new("RGBA", (4, 4)).save(file, "PNG")
+assert load_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+print(json.dumps([name for name in ("torch", "torchvision", "datasets") if name in sys.modules]))
+"""
+    assert run(code) == [[]]
+
+
 def test_the_first_look_at_a_class_registers_all_of_them():
     """Each way in a process of its own, forked from one that has imported nothing but what all of them need."""
     code = f"""

@@ -10,6 +10,7 @@ HUB_FILES = (
     "configuration_convllava.py",
     "image_processing_convllava.py",
     "modeling_convllava.py",
+    "pixels_convllava.py",
     "processing_convllava.py",
 )
 

@@ -1,1 +1,1 @@
-"""The hub files: configuration, model, image processor and processor, copied into every checkpoint as remote code."""
+"""The hub files (configuration, model, pixels, image processor, processor), copied into checkpoints as remote code."""

@@ -63,7 +63,7 @@ test: $(READY)  ## the default tests: offline, on a CPU, with the newest version
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(READY)  ## the tests that the default run leaves out because they take long
-	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+	$(PY) -m pytest -m slow -n $(WORKERS) --dist worksteal --timeout 3600 $(ARGS)
 
 test-floor: $(FLOOR_READY)  ## the default tests with the lowest supported versions, in a second environment
 	CONVLLAVA_HF_FLOOR=1 $(FLOOR_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -5,7 +5,7 @@
 With real parts, for example a ConvNeXt of CLIP and any causal language model of transformers:
 
     convllava init --vision timm/convnext_large_mlp.clip_laion2b_ft_320 --text Qwen/Qwen3-1.7B \\
-        --resolution 1536 --add-stage 6x3072 --output my-model
+        --image-size 1536 --add-stage 6x3072 --output my-model
 
 The tower's four stages and the language model keep their weights. The fifth stage, which divides the number of image
 tokens by four, and the projector are new; stage 1 trains these two.
@@ -34,7 +34,7 @@ from convllava_hf.conversion.init import init_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output", type=Path, required=True, help="folder to make")
-parser.add_argument("--resolution", type=int, default=256, help="side of the square images in pixels")
+parser.add_argument("--image-size", type=int, default=256, help="side of the square images in pixels")
 parser.add_argument("--add-stage", default="2x96", metavar="BLOCKSxWIDTH", help="the tower's new last stage")
 arguments = parser.parse_args()
 
@@ -73,7 +73,7 @@ Qwen3ForCausalLM(config).save_pretrained(text)
 
 # Both become one model: names, vocabulary, processor, chat template and code files included.
 report = init_model(
-    vision, text, arguments.output, resolution=arguments.resolution, add_stage=arguments.add_stage, dtype="float32"
+    vision, text, arguments.output, resolution=arguments.image_size, add_stage=arguments.add_stage, dtype="float32"
 )
 print(report.summary())
 

@@ -257,9 +257,7 @@ def answer(
     }
     messages = [_load_history(message, **load) for message in history]
     messages.append(make_message("user", question, images, **load))
-    if _takes_bytes(processor):
-        settings |= {"do_rescale": False, "do_normalize": False}
-    inputs = _prepare_inputs(processor, messages, settings)
+    inputs = _prepare_inputs(processor, messages, settings | choose_bytes(processor))
     stats = AnswerStats(
         prompt_tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
@@ -317,19 +315,30 @@ def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], settings: d
     )
 
 
-def _takes_bytes(processor: ProcessorMixin) -> bool:
-    """Whether pictures can go to the model's device as bytes: a quarter of what floats are to make and to copy."""
-    return hasattr(processor.image_processor, "normalize_bytes")
+def choose_bytes(processor: ProcessorMixin) -> dict:
+    """Settings of the image processor with which pictures go to the model's device as bytes: a quarter of what floats
+    are to make and to copy. None where it cannot normalise bytes afterwards."""
+    takes_bytes = hasattr(processor.image_processor, "normalize_bytes")
+    return {"do_rescale": False, "do_normalize": False} if takes_bytes else {}
+
+
+def move_pixels(processor: ProcessorMixin, pixel_values: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """Prepared pixels on the model's device, in its dtype; bytes are normalised there."""
+    pixel_values = pixel_values.to(model.device)
+    if pixel_values.dtype == torch.uint8:
+        pixel_values = processor.image_processor.normalize_bytes(pixel_values)
+    return pixel_values.to(model.dtype)
 
 
 def _move_inputs(processor: ProcessorMixin, inputs, model: PreTrainedModel) -> dict:
     """The inputs on the model's device, in its dtype."""
     sizes = inputs.get("image_sizes")
-    if _takes_bytes(processor) and sizes is not None and len(sizes.unique(dim=0)) == 1:
+    if choose_bytes(processor) and sizes is not None and len(sizes.unique(dim=0)) == 1:
         del inputs["image_sizes"]  # which the model would read from the device, and wait for it
+    pixel_values = inputs.pop("pixel_values", None)
     inputs = inputs.to(model.device, model.dtype)
-    if _takes_bytes(processor) and "pixel_values" in inputs:
-        inputs["pixel_values"] = processor.image_processor.normalize_bytes(inputs["pixel_values"]).to(model.dtype)
+    if pixel_values is not None:
+        inputs["pixel_values"] = move_pixels(processor, pixel_values, model)
     return inputs
 
 

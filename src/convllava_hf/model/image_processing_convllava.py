@@ -373,21 +373,23 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         rows, columns = (height, width) if pad_mean is None else (max(image.size), max(image.size))
         top, left = (rows - height) // 2, (columns - width) // 2
         shrinks = target[1] < columns
-        canvas = torch.empty(rows, target[1] if shrinks else columns, 3, dtype=torch.uint8)
-        colour = torch.tensor([int(mean * 255) for mean in pad_mean or (0, 0, 0)], dtype=torch.uint8)
-        line = colour.repeat(columns, 1)  # copying lines is several times faster than repeating three bytes
+        # In numpy: so small copies in torch would wake all its threads.
+        canvas = np.empty((rows, target[1] if shrinks else columns, 3), dtype=np.uint8)
+        colour = np.array([int(mean * 255) for mean in pad_mean or (0, 0, 0)], dtype=np.uint8)
+        line = np.tile(colour, (columns, 1))  # copying lines is several times faster than repeating three bytes
         canvas[:top], canvas[top + height :] = line[: canvas.shape[1]], line[: canvas.shape[1]]
         strip_rows = max(1, STRIP_BYTES // (3 * columns))
-        strip = line.repeat(min(strip_rows, height), 1, 1)  # (h, columns, 3)
+        strip = np.tile(line, (min(strip_rows, height), 1, 1))  # (h, columns, 3)
         for start in range(0, height, strip_rows):
             stop = min(start + strip_rows, height)
             part = strip[: stop - start]
-            part.numpy()[:, left : left + width] = np.asarray(image.crop((0, start, width, stop)))
+            part[:, left : left + width] = np.asarray(image.crop((0, start, width, stop)))
             if shrinks:
                 size = SizeDict(height=stop - start, width=target[1])
-                part = self.resize(part.permute(2, 0, 1)[None], size, resample)[0].permute(1, 2, 0)
+                part = torch.from_numpy(part).permute(2, 0, 1)[None]  # (1, 3, h, columns)
+                part = self.resize(part, size, resample)[0].permute(1, 2, 0).numpy()
             canvas[top + start : top + stop] = part
-        result = canvas.permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        result = torch.from_numpy(canvas).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
         if tuple(result.shape[-2:]) != target:
             result = self.resize(result[None], SizeDict(height=target[0], width=target[1]), resample)[0]
         return result

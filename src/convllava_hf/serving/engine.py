@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..inference.answer import list_stop_strings
+from ..inference.answer import list_stop_strings, move_pixels
 from .prompts import ImageInput, Prompt
 from .requests import RequestError
 
@@ -452,7 +452,7 @@ class Engine:
             keys = list(group)
             for chunk in (keys[start : start + TOWER_BATCH] for start in range(0, len(keys), TOWER_BATCH)):
                 pixel_values = torch.cat([group[key][0].pixel_values for key in chunk])  # (I, C, H, W)
-                pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+                pixel_values = move_pixels(self.processor, pixel_values, self.model)
                 encoded = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
                 for key, features in zip(chunk, encoded, strict=True):
                     features = features.clone()  # (N, D), not a view that would keep its whole group in memory

@@ -20,13 +20,15 @@ def show_cells(processor: ProcessorMixin, pixel_values: torch.Tensor, num_tokens
 
     Args:
         processor: of the model.
-        pixel_values: `(1, C, H, W)`, normalised.
+        pixel_values: `(1, C, H, W)`, normalised floats or bytes.
         num_tokens: tokens of the image.
     """
-    settings = processor.image_processor
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
-    pixels = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1)  # (C, H, W)
-    picture = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    pixels = pixel_values[0].cpu()  # (C, H, W)
+    if pixels.dtype != torch.uint8:
+        settings = processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+        pixels = ((pixels.float() * std + mean).clamp(0, 1) * 255).round().byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     cell = round((pixels.shape[1] * pixels.shape[2] / num_tokens) ** 0.5)
     draw = ImageDraw.Draw(picture)
     for x in (*range(0, picture.width, cell), picture.width - 1):

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from ..images import ImageError, ImageTooLargeError, limit_image_tokens, load_image
+from ..inference.answer import choose_bytes
 from .requests import ChatRequest, RequestError
 
 
@@ -33,7 +34,8 @@ class ImageInput:
     Args:
         key: hash of the file and of what the processor was told.
         num_tokens: `N`.
-        pixel_values: `(1, C, H, W)`; `None` once there are features.
+        pixel_values: `(1, C, H, W)`, bytes where the image processor can normalise them later; `None` once there are
+            features.
         features: `(N, D)`, projected, on the model's device.
     """
 
@@ -93,10 +95,10 @@ def prepare_image(
 ) -> ImageInput:
     """Decodes a file and runs the image processor; raises RequestError."""
     image = open_checked(data, max_pixels, getattr(processor.image_processor, "original_rgb", False))
-    settings = {}
+    settings = choose_bytes(processor)
     if max_image_tokens is not None:
         try:
-            settings = limit_image_tokens(processor.image_processor, max_image_tokens)
+            settings |= limit_image_tokens(processor.image_processor, max_image_tokens)
         except ValueError as error:
             raise RequestError(str(error)) from None
     try:

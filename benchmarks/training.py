@@ -11,6 +11,7 @@
 - Memory: what `convllava plan --memory` plays against what the allocator was asked for in a real step.
 - Cache: stage 3 with the features of the frozen tower from the disk, the first time and later, against images.
 - Workers: time to prepare a batch against the time of its step, as floats and as bytes.
+- Masks: marking the tokens of answers in a batch, by transformers' own loop and by what takes its place.
 
     python benchmarks/training.py                                  # a CPU: a small model, a few minutes
     python benchmarks/training.py --text 1B --device cuda          # a GPU: random weights in the shape of a 1B model
@@ -25,6 +26,7 @@ import random
 import statistics
 import tempfile
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,12 +42,14 @@ from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import ConvNextConfig, LlamaConfig, PreTrainedTokenizerFast, PrinterCallback, ProgressCallback
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTTrainer
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaImageProcessor, ConvLlavaProcessor
 from convllava_hf.model.modeling_convllava import CHECKPOINTED_BLOCKS, ConvLlavaModel, set_trainable
 from convllava_hf.training.arguments import ConvLlavaTrainingArguments
+from convllava_hf.training.masks import mark_answers
 from convllava_hf.training.memory import play_step, run_step
 from convllava_hf.training.plans import get_trainable
 from convllava_hf.training.trainer import ConvLlavaTrainer
@@ -481,6 +485,25 @@ def measure_collator(options, rows: Dataset) -> list[dict]:
     return table
 
 
+def measure_masks(rows: int = 16, tokens: int = 2048) -> list[dict]:
+    """Rows of the table of masks: conversations of more and more rounds, all of one length."""
+    places = torch.arange(tokens)[:, None] * 4 + torch.tensor([0, 4])  # (S, 2), as a processor hands them over
+    table = []
+    for rounds in (1, 5, 20):
+        width = 4 * tokens // (2 * rounds)
+        answers = [[(start, start + width) for start in range(width, 4 * tokens, 2 * width)]] * rows
+        seconds, marked = [], []
+        for mark in (partial(ProcessorMixin._adjust_assistant_masks_indices, None), mark_answers):
+            encoded = {"input_ids": [[0] * tokens] * rows, "offset_mapping": [places] * rows}
+            start = time.perf_counter()
+            marked.append(mark(encoded, answers)["assistant_masks"])
+            seconds.append(time.perf_counter() - start)
+        assert marked[0] == marked[1]
+        names = ("transformers, ms", "ours, ms")
+        table.append({"rounds": rounds, **{name: f"{1e3 * s:.1f}" for name, s in zip(names, seconds, strict=True)}})
+    return table
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -494,7 +517,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the last variant (1)")
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="PART",
-        choices=["activations", "collator", "batches", "without", "evaluation", "memory", "cache"],
+        choices=["activations", "collator", "batches", "without", "evaluation", "memory", "cache", "masks"],
         help="parts to measure; default: all",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables to this file")
@@ -510,6 +533,7 @@ def main(arguments: list[str] | None = None) -> None:
         "Evaluation": lambda: measure_evaluation(options, rows),
         "Memory": lambda: measure_memory(options),
         "Cache": lambda: measure_cache(options),
+        "Masks (16 rows of 2048 tokens)": measure_masks,
     }
     results = {}
     print("# Training")

@@ -69,6 +69,7 @@ def test_training_compares_every_variant(load, capsys, tmp_path):
     assert len(read_table(text, "Cache")) == 3 and len(read_table(text, "Without padding")) == 4
     assert [row["answers"] for row in read_table(text, "Evaluation")] == ["0", "8", "32"]
     assert len(read_table(text, "Memory")) == 6
+    assert [row["rounds"] for row in read_table(text, "Masks (16 rows of 2048 tokens)")] == ["1", "5", "20"]
     assert json.loads(file.read_text())["gradients"] == 0.0
 
 

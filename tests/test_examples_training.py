@@ -11,12 +11,25 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 from convllava_hf.data.build import build_dataset
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# llm-compressor's pins conflict with ours, so it has an environment of its own:
+#     LLM_COMPRESSOR_PYTHON=path/of/its/python make test ARGS="-m slow tests/test_examples_training.py"
+LLM_COMPRESSOR = os.environ.get("LLM_COMPRESSOR_PYTHON")
+COMPARE = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+inputs = {"input_ids": torch.tensor([[2, 1, 1, 1, 1, 40, 50]]), "pixel_values": torch.ones(1, 3, 128, 128)}
+models = [AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True) for path in sys.argv[1:]]
+with torch.no_grad():
+    logits = [model.eval()(**inputs).logits[0, -1].float() for model in models]
+print(torch.nn.functional.cosine_similarity(*logits, dim=0).item())
+"""
 
 
 @pytest.mark.slow
@@ -80,6 +93,36 @@ def test_preferences(tmp_path, monkeypatch):
     right = [{"role": "assistant", "content": [{"type": "text", "text": "Blue."}]}]
     assert made["chosen"][:] == [right] * 2
     assert all(len(answer) == 1 and answer != right for answer in made["rejected"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not LLM_COMPRESSOR, reason="set LLM_COMPRESSOR_PYTHON to the python of an environment with it")
+@pytest.mark.parametrize(("scheme", "bits", "agreement"), [("W8A16", 8, 0.999), ("W4A16", 4, 0.95)])
+def test_quantize(scheme, bits, agreement, tmp_path):
+    """The linear layers of the language model in few bits, the rest to the bit; what is written loads and agrees."""
+    checkpoint = save_tiny_checkpoint(tmp_path / "tiny", width=128)  # four bits go in groups of 128
+    arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "small"), "--scheme", scheme]
+    if bits == 4:
+        for number in range(8):
+            Image.new("RGB", (90, 60), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+        rows = [{"id": str(number), "image": f"{number}.png", "conversations": turns} for number in range(8)]
+        (tmp_path / "my.json").write_text(json.dumps(rows))
+        build_dataset([(tmp_path / "my.json", tmp_path)], tmp_path / "data")
+        arguments += ["--data", str(tmp_path / "data")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = {"env": environment, "capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run([LLM_COMPRESSOR, str(EXAMPLES / "training" / "quantize.py"), *arguments], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "small"))
+    packed = {name.removesuffix("_packed") for name in after if name.endswith(".weight_packed")}
+    assert packed == {name for name in before if "language_model" in name and name.endswith("_proj.weight")}
+    assert all(after[name].equal(before[name]) for name in before.keys() - packed)
+    assert all(after[f"{name}_packed"].numel() * 32 // bits == before[name].numel() for name in packed)
+    done = subprocess.run([LLM_COMPRESSOR, "-c", COMPARE, str(checkpoint), str(tmp_path / "small")], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert agreement < float(done.stdout.split()[-1]) < 1
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -4,6 +4,7 @@ Each goes the whole way: init, plan, two steps of each stage by the shipped reci
 end of an answer.
 """
 
+import json
 import re
 
 import pytest
@@ -23,7 +24,7 @@ from convllava_hf.conversion.init import init_model
 from convllava_hf.hub.doctor import check_checkpoint
 from convllava_hf.model.modeling_convllava import set_trainable
 from convllava_hf.shipped import build_chat_template, find_file
-from convllava_hf.training.plans import get_trainable
+from convllava_hf.training.plans import describe_plan, get_trainable
 from convllava_hf.training.run import run_recipe
 
 
@@ -107,13 +108,14 @@ def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tm
     last = [i for i, mask in enumerate(rows["assistant_masks"]) if mask and not (rows["assistant_masks"] + [0])[i + 1]]
     assert [rows["input_ids"][i] for i in last] == [end_id] * 2
 
-    planned = CliRunner().invoke(app, ["plan", str(model_path), "--stage", "2"])
-    assert planned.exit_code == 0 and "vision tower, stage 4" in planned.output, planned.output
-
     for stage in (1, 2, 3):
         arguments = ["--model_name_or_path", str(model_path), "--dataset_name", str(data), *TRAINING.split()]
         before = AutoModelForImageTextToText.from_pretrained(model_path)
         set_trainable(before, get_trainable(before.config, stage))
+        planned = CliRunner().invoke(app, ["plan", str(model_path), "--stage", str(stage), "--json"])
+        assert planned.exit_code == 0, planned.output
+        parts = {part["part"]: (part["trainable"], part["frozen"]) for part in json.loads(planned.stdout)["parts"]}
+        assert parts == {part.part: (part.trainable, part.frozen) for part in describe_plan(before)}
         run_recipe(f"tiny_cpu_stage{stage}", [*arguments, "--output_dir", str(tmp_path / f"stage{stage}")])
         model_path = tmp_path / f"stage{stage}"
         after = AutoModelForImageTextToText.from_pretrained(model_path).state_dict()
@@ -171,9 +173,9 @@ def test_a_base_model_that_ends_texts_gets_the_template_that_ends_alike(tmp_path
 @pytest.mark.parametrize(("family", "template"), [("qwen3", "vicuna_v1"), ("gemma", "llama_3"), ("mistral", "phi_3")])
 def test_a_template_whose_end_is_no_token_is_refused(family, template, tmp_path):
     text, vision = save_language_model(family, tmp_path / "text"), save_tower("convnext", tmp_path / "vision")
-    with pytest.raises(ConversionError, match="--chat-template with one of .*chatml") as refused:
+    with pytest.raises(ConversionError, match="--chat-template .*chatml") as refused:
         init_model(vision, text, tmp_path / "model", resolution=128, chat_template=template)
-    assert "no end token" in str(refused.value) and template in str(refused.value)
+    assert template in str(refused.value)
     assert not (tmp_path / "model").exists()
 
 
@@ -185,7 +187,7 @@ def test_doctor_names_an_end_where_nothing_stops(converted):
     assert "eos_token_id in generation_config.json" in find_turn_problem(tokenizer, vicuna, [end + 1])
     assert re.search(r"'<\|im_end\|>'.*\d+ piece", find_turn_problem(tokenizer, chatml, [end]))
     assert find_turn_problem(tokenizer, build_chat_template(tokenizer, "llava_v0"), [end]) is None  # ends in text
-    with pytest.raises(ValueError, match="marks no answer"):
+    with pytest.raises(ValueError, match="{% generation %}"):
         find_turn_problem(tokenizer, "{{ messages[0].content }}", [end])
 
 
@@ -226,7 +228,7 @@ def test_init_makes_a_llava_of_a_vit(tower, tmp_path, photo):
     assert not [check for check in check_checkpoint(report.output) if check.problem]
     stream = convllava_hf.answer(model, processor, "What?", photo, stream=True, max_new_tokens=2)
     assert (list(stream), stream.stats.image_tokens)[1] == 4
-    with pytest.raises(ConversionError, match="resolution=56.*28 pixels alone"):
+    with pytest.raises(ConversionError, match=r"resolution=56\b.*\b28\b"):
         init_model(vision, text, tmp_path / "other", resolution=56)
     with pytest.raises(ConversionError, match="--add-stage"):
         init_model(vision, text, tmp_path / "other", add_stage="1x8")

@@ -25,12 +25,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, width: int = 64) -> Path:
     """Writes model and processor: 128-pixel squares (4 tokens), a context of 512 tokens, random weights.
 
     Args:
         folder: where to write.
         dtype: of the stored weights.
+        width: of the language model.
 
     Returns:
         `folder`.
@@ -43,8 +44,8 @@ def save_tiny_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Pa
         ),
         text_config=LlamaConfig(
             vocab_size=320,
-            hidden_size=64,
-            intermediate_size=128,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=512,

@@ -20,6 +20,16 @@ def list_parts(messages: list[dict], num_images: int) -> list[dict]:
     return listed
 
 
+def place_images(messages: list[dict], images: list) -> list[dict]:
+    """Puts images into the places of messages that stand for them, in reading order."""
+    left = iter(images)
+
+    def fill(part: dict) -> dict:
+        return {**part, "image": next(left)} if part["type"] == "image" else part
+
+    return [{**message, "content": [fill(part) for part in message["content"]]} for message in messages]
+
+
 def count_image_tokens(sizes: list[tuple[int, int]], processor) -> list[int]:
     """Tokens of each image.
 

@@ -109,16 +109,16 @@ def test_no_command_builds_layers_without_end(command, part, key, evil, parts):
 @pytest.mark.parametrize(
     "settings, problem",
     [
-        ({"vision_config": get_tower(None, Path("x"))}, "has checkpoint_path='x'"),
+        ({"vision_config": get_tower(None, Path("x"))}, "checkpoint_path='x'"),
         ({"a": [{"b": get_tower("gemma3n_vision", Path("x"))}]}, "model_args={'checkpoint_path': 'x'}"),
-        ({"vision_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:x/y"}}, "'hf-hub:x/y' is not"),
-        ({"vision_config": {"model_type": "gemma3n_vision", "architecture": "local-dir:x"}}, "'local-dir:x'; expected"),
+        ({"vision_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:x/y"}}, "'hf-hub:x/y'"),
+        ({"vision_config": {"model_type": "gemma3n_vision", "architecture": "local-dir:x"}}, "'local-dir:x'"),
         ({"vision_config": {"model_type": "detr", "backbone": "hf-hub:x/y"}}, "backbone='hf-hub:x/y'"),
         ({"vision_config": {"model_type": "timm_wrapper", "architecture": ["x"]}}, r"architecture=\['x'\]"),
-        ({"encoder_layers": 10**6}, "encoder_layers = 1000000; expected at most 1024"),
-        ({"n_routed_experts": 10**6}, "n_routed_experts = 1000000; expected at most 1024"),
-        ({"depths": [400] * 4}, "together 1600; expected at most 1024"),
-        ({"hidden_size": 10**9}, "hidden_size = 1000000000; expected at most 65536"),
+        ({"encoder_layers": 10**6}, "encoder_layers = 1000000; .*1024"),
+        ({"n_routed_experts": 10**6}, "n_routed_experts = 1000000; .*1024"),
+        ({"depths": [400] * 4}, "depths = .*1600; .*1024"),
+        ({"hidden_size": 10**9}, "hidden_size = 1000000000; .*65536"),
     ],
 )
 def test_other_ways_to_the_same(settings, problem):

@@ -1,14 +1,18 @@
 """The commands around training: what they print, and how they fail."""
 
+import json
 from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_data import save_tiny_llava
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
+from convllava_hf.model.modeling_convllava import set_trainable
 from convllava_hf.shipped import list_files
+from convllava_hf.training.plans import describe_plan, get_trainable
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +37,25 @@ def test_plan_prints_what_is_trained(checkpoint):
     )
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_plan_counts_what_the_model_has(checkpoint, tmp_path, stage):
+    """Without building it: by the names and shapes that are stored, also under the published names of a LLaVA."""
+    for path in (checkpoint, save_tiny_llava(tmp_path / "llava")):
+        model = AutoModelForImageTextToText.from_pretrained(path)
+        if stage == 2 and path != checkpoint:  # which has no stages
+            continue
+        set_trainable(model, get_trainable(model.config, stage))
+        code, text = run("plan", path, "--stage", stage, "--json")
+        assert code == 0, text
+        parts = {part["part"]: (part["trainable"], part["frozen"]) for part in json.loads(text)["parts"]}
+        assert parts == {part.part: (part.trainable, part.frozen) for part in describe_plan(model)}
+
+
 def test_plan_refuses_what_is_not_there(checkpoint):
     code, text = run("plan", checkpoint, "--stage", 4)
-    assert code == 3 and text.startswith("error: stage=4; expected 1 (projector initialisation), 2 (pretraining) or 3")
+    assert code == 3 and text.startswith("error: stage=4;")
     code, text = run("plan", checkpoint, "--stage", 2, "--dtype", "int8")
-    assert code == 3 and "dtype='int8'; expected float32, bfloat16 or float16" in text
+    assert code == 3 and "dtype='int8'" in text
 
 
 def test_recipes_are_listed_found_and_shown():
@@ -47,14 +65,14 @@ def test_recipes_are_listed_found_and_shown():
     assert code == 0 and Path(text.strip()).is_file()
     assert run("recipe", "convllava_stage2", "--show")[1].strip() == Path(text.strip()).read_text().strip()
     code, text = run("recipe", "nothing")
-    assert code == 3 and "no recipe 'nothing'; expected a YAML file or one of: convllava_" in text
+    assert code == 3 and "'nothing'" in text and "convllava_stage1" in text
 
 
 def test_train_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("learning_rate: 1.0e-3\noutput_dir: out\n")
     monkeypatch.chdir(tmp_path)
     code, text = run("train", tmp_path / "mine.yaml", "--bf16", "false")
-    assert code == 3 and text.strip().splitlines()[-1].startswith("error: no model to train: pass")
+    assert code == 3 and text.strip().splitlines()[-1].startswith("error: ") and "--model_name_or_path" in text
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
 
 
@@ -64,4 +82,4 @@ def test_plan_of_other_models_prints_what_they_take(tmp_path, checkpoint):
         code, text = run("plan", llava, "--stage", stage)
         assert code == 0 and "trainable: ['multi_modal_projector" in text and "init_kwargs" not in text
     code, text = run("plan", checkpoint, "--stage", 3, "--vision-from", "stage4")
-    assert code == 3 and "--vision-from stage4 is for stage 2" in text
+    assert code == 3 and "--vision-from stage4" in text

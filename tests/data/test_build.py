@@ -95,17 +95,14 @@ def test_rows_are_read_whatever_the_block(tmp_path, monkeypatch, block):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('[{"a": 1}, {"b": 2}', "after row 1 .line 1.: expected ',' or ']', but the file ends; is it complete"),
-        ('[{"a": 1},\n {"b": "so', "row 1 .line 2.: .*the file ends inside of it; is it complete"),
-        (
-            '[{"a": 1}, {"b" 2}, {}, {}, {}, {}, {}, {}, {}]',
-            "row 1 .line 1.: no valid JSON near .*Expecting ':' delimiter",
-        ),
-        ('[{"a": 1} {"b": 2}]', "after row 0 .line 1.: expected ',' or ']', but found '{'"),
-        ('[{"a": 1},]', "row 1 .line 1.: no valid JSON"),
-        ('[{"a": 1}] x', "goes on after the end"),
-        ("<html>", "begins with '<html>'; expected a JSON list, or one JSON object per line"),
-        ("", "begins with ''"),
+        ('[{"a": 1}, {"b": 2}', "after row 1 .line 1.: .*',' or ']'.*ends"),
+        ('[{"a": 1},\n {"b": "so', "row 1 .line 2.: .*ends"),
+        ('[{"a": 1}, {"b" 2}, {}, {}, {}, {}, {}, {}, {}]', "row 1 .line 1.: .*b. 2.*Expecting ':' delimiter"),
+        ('[{"a": 1} {"b": 2}]', "after row 0 .line 1.: .*',' or ']'.*'{'"),
+        ('[{"a": 1},]', "row 1 .line 1.: .*']'"),
+        ('[{"a": 1}] x', "'x'"),
+        ("<html>", "'<html>'"),
+        ("", "''"),
     ],
 )
 def test_broken_json_is_named(tmp_path, text, error):
@@ -140,34 +137,34 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, monkeypatch, block, holdo
     for bad, error in zip(report.bad_rows, [*(error for _, error in BAD_LINES), "Unterminated string"], strict=True):
         assert error in bad["error"]
         bad["text"].encode()
-    with pytest.raises(ValueError, match=r"x.jsonl, row 1 \(line 2\): malformed row: no valid JSON"):
+    with pytest.raises(ValueError, match=r"x.jsonl, row 1 \(line 2\): malformed row: "):
         build([(tmp_path / "x.jsonl", None)], tmp_path / "stopped")
 
 
 def test_a_list_that_is_no_utf8_names_the_line(tmp_path):
     (tmp_path / "x.json").write_bytes(b'[{"a": 1},\n {"b":\n "\xff"}, {}]')
-    with pytest.raises(ValueError, match=r"x.json, row 1 \(line 3\): is not UTF-8 near"):
+    with pytest.raises(ValueError, match=r"x.json, row 1 \(line 3\): .*UTF-8 .*udcff"):
         list(iterate_json(tmp_path / "x.json"))
     (tmp_path / "x.json").write_bytes('[{"a": 1}]'.encode("utf-16"))
-    with pytest.raises(ValueError, match="x.json: is not UTF-8 at its beginning; convert the file"):
+    with pytest.raises(ValueError, match="x.json: .*UTF-8"):
         list(iterate_json(tmp_path / "x.json"))
 
 
 def test_the_working_directory_is_a_root_like_any_other(tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
     assert find_image("a.png", Path(".")) == root / "a.png"
-    with pytest.raises(BadRow, match="lies outside"):
+    with pytest.raises(BadRow, match=r"\.\./a\.png"):
         find_image("../a.png", Path("."))
 
 
 def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_bytes('[{"a": "ä"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"x.json, row 0 \(line 1\): is not UTF-8 near .*\\udce4"):
+    with pytest.raises(ValueError, match=r"x.json, row 0 \(line 1\): .*UTF-8 .*\\udce4"):
         list(iterate_json(tmp_path / "x.json"))
     monkeypatch.setattr(llava_rows, "LONGEST_ROW", 1000)
     monkeypatch.setattr(llava_rows, "BLOCK", 100)
     (tmp_path / "x.json").write_text('[{"a": 1}, {"b": "' + "x" * 10**6)
-    with pytest.raises(ValueError, match="row 1 .line 1.: no valid JSON near .*Unterminated string"):
+    with pytest.raises(ValueError, match="row 1 .line 1.: .*Unterminated string"):
         list(iterate_json(tmp_path / "x.json"))
 
 
@@ -220,23 +217,23 @@ def test_one_image_goes_to_the_front(value, moved):
 @pytest.mark.parametrize(
     ("row", "kind", "error"),
     [
-        ({"id": 1}, "malformed row", 'expected an object with a list `conversations`, got {"id": 1}'),
-        (["x"], "malformed row", "expected an object"),
-        (talk(), "malformed row", "expected an object with a list"),
-        ({"conversations": [{"from": "human"}]}, "malformed row", "turn 0 is .*expected `from` and a text `value`"),
-        (talk("<image>", "A", image=3), "malformed row", "image='3'; expected a name or a list"),
-        (talk("Q", "\ud83d"), "malformed row", "half a character .* in turn 1"),
-        ({"conversations": [{"from": "bot", "value": "Q"}]}, "unknown role", "'bot' in turn 0; expected human, gpt"),
-        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "unknown role", "in turn 0; expected human, gpt"),
-        (talk("Q"), "turn order", "^user; expected"),
-        (talk("Q", "A", "Q"), "turn order", "^user assistant user; expected user and assistant in turn"),
+        ({"id": 1}, "malformed row", '`conversations`.*{"id": 1}'),
+        (["x"], "malformed row", '`conversations`.*."x".'),
+        (talk(), "malformed row", "`conversations`"),
+        ({"conversations": [{"from": "human"}]}, "malformed row", "turn 0 .*`from` .*`value`"),
+        (talk("<image>", "A", image=3), "malformed row", "image='3'"),
+        (talk("Q", "\ud83d"), "malformed row", "turn 1"),
+        ({"conversations": [{"from": "bot", "value": "Q"}]}, "unknown role", "'bot' .*turn 0.*human, gpt"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "unknown role", "'human'.* turn 0.*human, gpt"),
+        (talk("Q"), "turn order", "^user;"),
+        (talk("Q", "A", "Q"), "turn order", "^user assistant user;"),
         ({"conversations": [{"from": "gpt", "value": "Q"}]}, "turn order", "^assistant;"),
         ({"conversations": [{"from": "human", "value": "Q"}] * 2}, "turn order", "^user user"),
         (talk("Q", " \n"), "empty answer", "message 1"),
-        (talk("Q", "A", image="a.png"), "image count", "1 images, but <image> stands 0 times"),
-        (talk("<image> <image>", "A", image="a.png"), "image count", "1 images, but <image> stands 2 times"),
-        (talk("<image>", "A"), "image count", "0 images, but <image> stands 1 times"),
-        (talk("Q", "<image>", image="a.png"), "image count", "in an answer .message 1"),
+        (talk("Q", "A", image="a.png"), "image count", "1 .*<image> .*0"),
+        (talk("<image> <image>", "A", image="a.png"), "image count", "1 .*<image> .*2"),
+        (talk("<image>", "A"), "image count", "0 .*<image> .*1"),
+        (talk("Q", "<image>", image="a.png"), "image count", "<image>.*message 1"),
     ],
 )
 def test_bad_rows_say_what_is_wrong(row, kind, error):
@@ -335,28 +332,26 @@ def test_bad_rows_are_named_and_counts_add_up(tmp_path, root, num_proc):
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_stops_at_bad_rows_and_goes_on_when_they_are_mended(tmp_path, root, num_proc):
     file = write(tmp_path / "one.json", [*GOOD, talk("<image>\nQ", "A", image="late.png"), GOOD[1]])
-    with pytest.raises(
-        ValueError, match=r"one.json, row 4 .line 1, id 'x'.: missing image: .*late.png does not exist. Mend them"
-    ):
+    with pytest.raises(ValueError, match=r"one.json, row 4 .line 1, id 'x'.: missing image: .*late.png "):
         build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
     assert not (tmp_path / "out").exists()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("train/*.parquet")}
     assert {path.name for path in done} >= {"one-00000.parquet"} and "one-00002.parquet" not in {
         path.name for path in done
     }
-    with pytest.raises(FileExistsError, match=r"out.partial holds an unfinished build with other settings .images."):
+    with pytest.raises(FileExistsError, match=r"out.partial .*\(images\)"):
         build([(file, root)], tmp_path / "out", images="paths", shard_rows=2)
 
     (root / "late.png").write_bytes(make_png(8, 8, 2))
     report = build([(file, root)], tmp_path / "out", num_proc=num_proc, shard_rows=2)
     assert report.totals["written"] == 6
     assert all((tmp_path / "out" / "train" / path.name).stat().st_mtime_ns == mtime for path, mtime in done.items())
-    with pytest.raises(FileExistsError, match=r"out exists. Choose another --output, or pass --force to replace it"):
+    with pytest.raises(FileExistsError, match=r"out .*--output.*--force"):
         build([(file, root)], tmp_path / "out")
     assert build([(file, root)], tmp_path / "out", force=True, images="paths").totals["written"] == 6
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").touch()
-    with pytest.raises(FileExistsError, match=r"mine holds what convllava-hf did not make.*a\.txt"):
+    with pytest.raises(FileExistsError, match=r"mine .*a\.txt"):
         build([(file, root)], tmp_path / "mine", force=True)
 
 
@@ -366,7 +361,7 @@ def test_force_replaces_only_what_a_build_wrote(tmp_path, root, name):
     build([(file, root)], output)
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("mine")
-    with pytest.raises(FileExistsError, match=f"out holds what convllava-hf did not make.*{re.escape(name)}"):
+    with pytest.raises(FileExistsError, match=f"out .*{re.escape(name)}"):
         build([(file, root)], output, force=True)
     assert (output / name).read_text() == "mine" and (output / "train" / "one-00000.parquet").is_file()
     (output / name).unlink()
@@ -374,7 +369,7 @@ def test_force_replaces_only_what_a_build_wrote(tmp_path, root, name):
         (output / name).parent.rmdir()
     assert build([(file, root)], output, force=True).totals["written"] == 4
     (output / "build_report.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"changed since \(build_report\.json\)"):
+    with pytest.raises(FileExistsError, match=r"\(build_report\.json\)"):
         build([(file, root)], output, force=True)
 
 
@@ -387,7 +382,7 @@ def test_an_unfinished_build_with_other_files_in_it_stays(tmp_path, root, name, 
     (work / name).parent.mkdir(exist_ok=True)
     (work / name).write_text("mine")
     write(file, GOOD)
-    with pytest.raises(FileExistsError, match=f"out.partial holds {re.escape(name)}, which is of no unfinished build"):
+    with pytest.raises(FileExistsError, match=f"out.partial .*{re.escape(name)}"):
         build([(file, root)], tmp_path / "out", shard_rows=2, force=force)
     assert (work / name).read_text() == "mine" and not (tmp_path / "out").exists()
 
@@ -397,7 +392,7 @@ def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root)
     sources = [
         Source(write(tmp_path / "one.json", [*GOOD, row]), root, rows=9)
     ]  # fails at the end, so it is unfinished
-    with pytest.raises(ValueError, match="has 5 rows; expected 9"):
+    with pytest.raises(ValueError, match=r"one.json .*\b5\b.*\b9\b"):
         build(sources, tmp_path / "out", on_error="skip")
     sources = [replace(sources[0], rows=5)]
     with pytest.raises(ValueError, match="row 4 .*: missing image"):
@@ -499,13 +494,13 @@ def test_sources_are_checked_before_anything_starts(tmp_path, root):
         Source(tmp_path / "two.json", root, origin="https://a"),
         Source(file, tmp_path / "no"),
     ]
-    with pytest.raises(FileNotFoundError, match=r"missing: \S*two.json \(from https://a\); \S*/no\."):
+    with pytest.raises(FileNotFoundError, match=r"\S*two.json \(from https://a\).* \S*/no\."):
         build(missing, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
     for kwargs, error in (
-        ({"images": "jpeg"}, "images='jpeg'; expected 'bytes' or 'paths'"),
-        ({"on_error": "ask"}, "on_error='ask'; expected 'stop' or 'skip'"),
-        ({"max_length": 10}, "max_length needs a processor"),
+        ({"images": "jpeg"}, "images='jpeg'.*'bytes' .*'paths'"),
+        ({"on_error": "ask"}, "on_error='ask'.*'stop' .*'skip'"),
+        ({"max_length": 10}, "max_length .*--model"),
     ):
         with pytest.raises(ValueError, match=error):
             build([(file, root)], tmp_path / "out", **kwargs)
@@ -516,23 +511,23 @@ def test_sources_are_checked_before_anything_starts(tmp_path, root):
 
 def test_the_number_of_rows_is_checked(tmp_path, root):
     file = write(tmp_path / "one.json", GOOD)
-    with pytest.raises(ValueError, match="one.json has 4 rows; expected 5"):
+    with pytest.raises(ValueError, match=r"one.json .*\b4\b.*\b5\b"):
         build([Source(file, root, rows=5)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert build([Source(file, root, rows=5, rows_tolerance=0.2)], tmp_path / "out").totals["written"] == 4
-    with pytest.raises(ValueError, match="no row is left"):
+    with pytest.raises(ValueError, match="two.json, row 0"):
         build([(write(tmp_path / "two.json", [{}]), root)], tmp_path / "out2", on_error="skip")
 
 
 def test_damage_of_a_built_dataset_is_found(tmp_path, root):
     build([(write(tmp_path / "one.json", GOOD), root)], tmp_path / "out", shard_rows=2)
     (tmp_path / "out" / "train" / "one-00001.parquet").rename(tmp_path / "one-00001.parquet")
-    with pytest.raises(ValueError, match="out has 2 rows, but build_report.json tells of 4"):
+    with pytest.raises(ValueError, match=r"out .*\b2\b.*build_report.json .*\b4\b"):
         check_dataset(tmp_path / "out")
     (tmp_path / "out" / "train" / "one-00001.parquet").write_bytes((tmp_path / "one-00001.parquet").read_bytes()[:200])
-    with pytest.raises(ValueError, match="one-00001.parquet is damaged"):
+    with pytest.raises(ValueError, match="one-00001.parquet"):
         check_dataset(tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no parquet file in"):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "images")):
         check_dataset(tmp_path / "images")
 
 
@@ -754,14 +749,14 @@ def test_mixtures_of_ones_own(tmp_path, root):
     assert {name: counts["written"] for name, counts in report.counts.items()} == {"one": 2, "text": 1}
     assert len(load_dataset(str(tmp_path / "out"), data_files="train/text-*.parquet", split="train")) == 1
     for text, error in (
-        ("sources: [{josn: x}]", "source 0: has josn; expected json"),
-        ("- a", "is no mixture"),
-        ("sources: {", "is no mixture"),
+        ("sources: [{josn: x}]", "source 0: .*josn.*json"),
+        ("- a", file.name),
+        ("sources: {", file.name),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=error):
             read_mixture(file)
-    with pytest.raises(FileNotFoundError, match="no mixture 'x'; expected a YAML file or one of: convllava_stage1"):
+    with pytest.raises(FileNotFoundError, match="'x'.*convllava_stage1"):
         read_mixture("x")
 
 
@@ -779,7 +774,7 @@ def test_llavar_and_llava_v0_files_keep_their_images_in_place(name, tmp_path):
             talk("<image>\nRead.", "OPEN", image=image),
         ],
     )
-    with pytest.raises(ValueError, match=f"has 2 rows; expected (about )?{source.rows:,}"):
+    with pytest.raises(ValueError, match=rf"\b2\b.*\b{source.rows:,}"):
         build([source], tmp_path / "out")
     build([replace(source, rows=2)], tmp_path / "out")
     first, second = load_dataset(str(tmp_path / "out"), split="train")["messages"]
@@ -795,7 +790,7 @@ def test_rows_that_were_edited_are_made_anew_and_the_others_stay(tmp_path, root)
     broken = [*rows[:7], talk("Q", ""), *rows[8:]]
     file = tmp_path / "one.json"
     file.write_text(json.dumps(broken, indent=1))
-    with pytest.raises(ValueError, match=r"one.json, row 7 .line \d+, id 'x'.: empty answer.*run the same command"):
+    with pytest.raises(ValueError, match=r"one.json, row 7 .line \d+, id 'x'.: empty answer"):
         build([(file, root)], tmp_path / "out", shard_rows=2)
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / "train").glob("*.parquet")}
     assert len(done) == 3
@@ -810,7 +805,7 @@ def test_rows_that_were_edited_are_made_anew_and_the_others_stay(tmp_path, root)
 
 def test_shards_of_rows_that_are_no_more_are_removed(tmp_path):
     file = write(tmp_path / "one.json", [talk(f"Q{i}", "A") for i in range(6)])
-    with pytest.raises(ValueError, match="expected 9"):
+    with pytest.raises(ValueError, match=r"one.json .*\b9\b"):
         build([Source(file, rows=9)], tmp_path / "out", shard_rows=2)
     write(file, [talk("Q0", "A")])
     assert build([Source(file, rows=1)], tmp_path / "out", shard_rows=2).totals["written"] == 1
@@ -982,7 +977,7 @@ def test_held_out_images_are_in_no_other_split(tmp_path, root, num_proc):
     again = build(sources, tmp_path / "again", holdout=30, shard_rows=50)
     assert again.totals["held_out"] == totals["held_out"]
     assert load_dataset(str(tmp_path / "again"), split="test")["id"][:] == data["test"]["id"][:]
-    with pytest.raises(ValueError, match="holdout=200, but there are 200 rows"):
+    with pytest.raises(ValueError, match="holdout=200, .*200"):
         build(sources, tmp_path / "all", holdout=200)
 
 

@@ -233,6 +233,8 @@ def test_ground_draws_the_box_of_the_answer(converted, questions, tmp_path, monk
     assert asked == ["Please provide the bounding box coordinate of the region this sentence describes: the red cup."]
     # 64 x 48 on a square of 64: 8 rows above.
     assert result.stdout.startswith("[16.0, 8.0, 48.0, 40.0]")
+    in_json = json.loads(run(app, [*command, "--json"]).stdout)
+    assert in_json == {"output": str(tmp_path / "boxed.png"), "box": [16.0, 8.0, 48.0, 40.0]}
     with Image.open(questions.parent / "1.png") as image, Image.open(tmp_path / "boxed.png") as boxed:
         assert boxed.size == image.size
         assert boxed.getpixel((16, 24)) == boxed.getpixel((32, 40)) == (212, 42, 32)

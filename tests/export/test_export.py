@@ -297,6 +297,19 @@ def test_an_operator_that_the_runtime_lacks_is_named(runtime, tmp_path):
 
 
 @needs_exporters
+def test_the_command_reports_in_json(exported, converted, tmp_path, monkeypatch):
+    """The report of a real export, which is not made a second time."""
+    report = exported("onnx")
+    monkeypatch.setattr(running, "export_checkpoint", lambda *_: report)
+    command = ["export", str(converted), "--to", "onnx", "--output", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["output"] == str(report.output) and told["sizes"] == report.sizes
+    assert told["agreement"]["equal_tokens"] == told["agreement"]["tokens"] == 48
+
+
+@needs_exporters
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_export_leaves_nothing_under_the_name(converted, how, tmp_path):

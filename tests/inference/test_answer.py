@@ -1,7 +1,6 @@
 """Images from anywhere, checkpoints in the right dtype, and answers that arrive whole, in pieces, or not at all."""
 
 import gc
-import importlib.util
 import logging
 import os
 import subprocess
@@ -110,11 +109,11 @@ def test_torch_says_whether_the_cpu_has_bfloat16():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "device='gpu'; expected for example 'cpu'"),
-        ({"device": "cuda:99"}, "device='cuda:99' is not present here; torch sees cpu"),
-        ({"dtype": "int8"}, "dtype='int8'; expected 'auto'"),
-        ({"dtype": "bf16"}, "dtype='bf16'; expected 'auto'"),
-        ({"quantize": "2bit"}, "quantize='2bit'; expected '4bit', '8bit' or 'int8'"),
+        ({"device": "gpu"}, "device='gpu'.*'cpu'"),
+        ({"device": "cuda:99"}, "device='cuda:99'.*cpu"),
+        ({"dtype": "int8"}, "dtype='int8'.*'auto'"),
+        ({"dtype": "bf16"}, "dtype='bf16'.*'auto'"),
+        ({"quantize": "2bit"}, "quantize='2bit'.*'4bit'.*'8bit'.*'int8'"),
     ],
 )
 def test_wrong_options_are_named(options, message, checkpoint):
@@ -123,15 +122,15 @@ def test_wrong_options_are_named(options, message, checkpoint):
 
 
 def test_missing_and_original_checkpoints_are_named(reference, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="original LLaVA format .* convert it first"):
+    with pytest.raises(ValueError, match="mm_vision_tower.*convllava convert"):
         load(reference / "convllava" / "llm")
 
 
 def test_quantisation_names_its_extra(checkpoint, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'convllava-hf\[quantization\]'"):
+    monkeypatch.setitem(loading.QUANTIZERS, "4bit", "not_installed")
+    with pytest.raises(ImportError, match=r"'4bit' needs not_installed: pip install 'convllava-hf\[quantization\]'"):
         load(checkpoint, quantize="4bit")
 
 
@@ -193,7 +192,7 @@ def test_transformers_own_llava_works_too(tmp_path, photo):
     stream = answer(model, processor, "What?", photo, max_new_tokens=3, stream=True)
     "".join(stream)
     assert (stream.stats.image_tokens, stream.stats.prompt_tokens) == (4, 4 + len("What?:"))
-    with pytest.raises(ValueError, match="max_image_tokens=2 is not supported by CLIPImageProcessor"):
+    with pytest.raises(ValueError, match="max_image_tokens=2 .*CLIPImageProcessor"):
         answer(model, processor, "What?", photo, max_image_tokens=2)
 
 
@@ -469,25 +468,25 @@ def test_nothing_is_ever_cut_off(loaded, photo):
     # The default takes what is left, and the whole context can be used.
     assert stream.stats.new_tokens == context - prompt and stream.stats.finish_reason == "length"
     assert len(answer(model, processor, "x", photo, max_new_tokens=context - prompt)) > 0
-    with pytest.raises(ValueError, match="Lower max_image_tokens or max_new_tokens, pass fewer images, or") as refusal:
+    with pytest.raises(ValueError, match="max_image_tokens") as refusal:
         answer(model, processor, "x", photo, max_new_tokens=context)
-    for part in (f"prompt has {prompt} tokens (4 of them", f"max_new_tokens={context}:", f"takes {context} together"):
+    for part in (f"{prompt} tokens (4 ", f"max_new_tokens={context}:", f" {context} "):
         assert part in str(refusal.value)
-    with pytest.raises(ValueError, match=f"no room for an answer: the model takes {context}"):
+    with pytest.raises(ValueError, match=rf"\b{context}\b"):
         answer(model, processor, "x" * context, photo)
 
 
 @pytest.mark.parametrize(
     ("question", "options", "message"),
     [
-        (" \n", {}, "the question is empty"),
-        ("\udcff", {}, "not valid UTF-8"),
-        ("<image>\nWhat?", {}, "contains '<image>'.*pass images as images"),
-        ("Hi", {"temperature": -1}, "temperature=-1; expected 0 or more"),
-        ("Hi", {"max_new_tokens": 0}, "max_new_tokens=0; expected 1 or more"),
-        ("Hi", {"max_image_tokens": 0}, "max_image_tokens=0; expected 1 or more"),
-        ("Hi", {"images": ["nowhere.png"]}, "nowhere.png: no such file"),
-        ("Hi", {"history": [{"role": "user", "content": "<image>"}]}, "contains '<image>'"),
+        (" \n", {}, "question"),
+        ("\udcff", {}, "UTF-8"),
+        ("<image>\nWhat?", {}, "'<image>'"),
+        ("Hi", {"temperature": -1}, "temperature=-1"),
+        ("Hi", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("Hi", {"max_image_tokens": 0}, "max_image_tokens=0"),
+        ("Hi", {"images": ["nowhere.png"]}, "nowhere.png"),
+        ("Hi", {"history": [{"role": "user", "content": "<image>"}]}, "'<image>'"),
     ],
 )
 def test_wrong_arguments_are_named(question, options, message, loaded):

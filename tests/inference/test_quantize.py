@@ -32,7 +32,7 @@ def test_a_skip_list_that_matches_nothing_is_refused_by_name(checkpoint, key):
 def test_bitsandbytes_does_not_get_away_with_it(checkpoint):
     pytest.importorskip("bitsandbytes", reason="8 bits need the extra `quantization`")
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "vision_tower"])
-    with pytest.raises(ValueError, match="'vision_tower', which matches no module"):
+    with pytest.raises(ValueError, match="llm_int8_skip_modules .*'vision_tower'"):
         AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=config)
 
 

@@ -68,22 +68,22 @@ def test_four_stages_train_the_projector_alone_at_first():
 
 @pytest.mark.parametrize("first", ["stage6", "stage0", "stage2.3", "3", "stage3.-1", ""])
 def test_unknown_place_in_the_tower(first):
-    with pytest.raises(ValueError, match="vision_from=.*expected 'stageN'"):
+    with pytest.raises(ValueError, match=f"vision_from={first!r}.*from 1 to 5.*3, 3, 27, 3, 6"):
         get_vision_pattern([3, 3, 27, 3, 6], first)
 
 
 def test_unknown_stage_and_tower(converted):
-    with pytest.raises(ValueError, match="stage=4; expected 1"):
+    with pytest.raises(ValueError, match=r"stage=4\b.*1.*2.*3"):
         get_trainable(build_config([1] * 5), 4)
     config = build_config([1] * 5)
     config.vision_config.depths = None
-    with pytest.raises(ValueError, match="does not tell the depths"):
+    with pytest.raises(ValueError, match="model_type='convnext'"):
         get_trainable(config, 2)
 
 
 def test_pattern_without_a_match():
     model = ConvLlavaForConditionalGeneration(build_config([1] * 5))
-    with pytest.raises(ValueError, match="'projektor' matches no parameter.*lm_head.weight, model.language_model"):
+    with pytest.raises(ValueError, match="'projektor'.*lm_head.weight, model.language_model"):
         set_trainable(model, ["multi_modal_projector", "projektor"])
 
 

@@ -87,6 +87,50 @@ def test_there_are_all_recipes():
     assert {path.suffix for path in FOLDERS["recipe"].iterdir()} == {".yaml"}
 
 
+# Rows per step on 8 GPUs, learning rate, epochs and longest row in the originals' scripts and READMEs; docs/training.md
+# says in which.
+ORIGINALS = {
+    "convllava_stage1": (256, 3e-4, 1, 2048),
+    "convllava_stage2": (256, 2e-5, 1, 2048),
+    "convllava_stage3": (128, 2e-5, 1, 2048),
+    "llava_pretrain": (256, 1e-3, 1, 2048),
+    "llava_finetune": (128, 2e-5, 1, 2048),
+    "llava_finetune_lora": (128, 2e-4, 1, 2048),
+    "llava_v1_pretrain": (128, 2e-3, 1, 2048),
+    "llava_v1_finetune": (32, 2e-5, 3, 2048),
+    "llava_lightning_finetune": (128, 2e-5, 1, 2048),
+    "scienceqa_finetune": (32, 2e-5, 12, 2048),
+    "llavar_pretrain": (128, 2e-3, 1, 1024),
+    "llavar_finetune": (32, 2e-5, 3, 2048),
+    "tinyllava_pretrain": (256, 1e-3, 1, 3072),
+    "tinyllava_share_pretrain": (256, 2e-5, 1, 3072),
+    "tinyllava_finetune": (128, 2e-5, 1, 3072),
+    "tinyllava_finetune_lora": (128, 2e-5, 3, 3072),
+}
+# Rank, alpha, dropout and the projector's learning rate of those with adapters.
+ADAPTERS = {"llava_finetune_lora": (128, 256, 0.05, 2e-5), "tinyllava_finetune_lora": (32, 64, 0.05, None)}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_values_are_the_originals(name):
+    recipe = yaml.safe_load(find_file("recipe", name).read_text())
+    rows = 8 * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    assert (rows, recipe["learning_rate"], recipe["num_train_epochs"], recipe["max_length"]) == ORIGINALS[name]
+    shared = {"warmup_steps": 0.03, "lr_scheduler_type": "cosine", "weight_decay": 0.0, "bf16": True, "tf32": True}
+    assert recipe.items() >= shared.items()
+    names = ("lora_r", "lora_alpha", "lora_dropout", "projector_learning_rate")
+    assert tuple(recipe.get(key) for key in names) == ADAPTERS.get(name, (None,) * 4)
+
+
+def test_every_recipe_is_compared_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = text.partition("## Ours and the originals'")[2].partition("\n# ")[0]
+    compared = {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"\w+", cell)}
+    without_original = {name for name in list_files("recipe") if name.startswith("tiny_cpu") or not is_supervised(name)}
+    assert set(list_files("recipe")) - without_original <= compared
+    assert set(ORIGINALS) < compared
+
+
 @pytest.mark.parametrize("name", list_files("recipe"))
 def test_recipe_is_flat_and_says_how_to_run_it(name):
     text = find_file("recipe", name).read_text()

@@ -74,7 +74,7 @@ def test_used_folder_is_refused(tmp_path):
     with claim_output(tmp_path / "new" / "run", RUN, resume=False, replace=False):
         assert json.loads((tmp_path / "new" / "run" / "_run.json").read_text()) == RUN
     save_checkpoint(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"used before \(checkpoint-2\).*--resume_from_checkpoint last"):
+    with pytest.raises(ValueError, match=r"\(checkpoint-2\).*--resume_from_checkpoint last"):
         with claim_output(tmp_path, RUN, resume=False, replace=False):
             pass
     with claim_output(tmp_path, RUN, resume=False, replace=True):
@@ -88,14 +88,14 @@ def test_another_run_is_not_resumed(tmp_path, key):
         save_checkpoint(tmp_path, 2)
     with claim_output(tmp_path, RUN, resume=True, replace=False):
         pass
-    with pytest.raises(ValueError, match=f"holds a run with {key} '{RUN[key]}'; this one has 'other'"):
+    with pytest.raises(ValueError, match=f"{key} '{RUN[key]}'.*'other'"):
         with claim_output(tmp_path, {**RUN, key: "other"}, resume=True, replace=False):
             pass
 
 
 def test_two_runs_exclude_each_other(tmp_path):
     with claim_output(tmp_path, RUN, resume=False, replace=False):
-        with pytest.raises(OSError, match="another run is writing to it"):
+        with pytest.raises(OSError, match=tmp_path.name):
             with claim_output(tmp_path, RUN, resume=True, replace=False):
                 pass
     with claim_output(tmp_path, RUN, resume=False, replace=False):
@@ -171,12 +171,12 @@ def test_checkpoints_of_no_known_run_are_resumed_only_by_name(tmp_path, warnings
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     for folder, resume in ((named.parent, True), (tmp_path / "model", True), (tmp_path / "model", str(named))):
-        with pytest.raises(ValueError, match="no _run.json, so nothing tells .*--resume_from_checkpoint .*-STEP"):
+        with pytest.raises(ValueError, match="_run.json.*--resume_from_checkpoint .*-STEP"):
             with claim_output(folder, RUN, resume, replace=False):
                 pass
         assert not (folder / "_run.json").exists()
     with claim_output(named.parent, RUN, str(named), replace=False):
-        assert "nothing tells whether" in warnings.text
+        assert "_run.json" in warnings.text and str(named) in warnings.text
     with claim_output(named.parent, RUN, resume=True, replace=False):  # from then on it is known
         pass
 
@@ -205,7 +205,7 @@ def test_used_folder_is_refused_before_anything_is_loaded(parts, tmp_path):
 
     save_checkpoint(tmp_path / "used", 2)
     parts = ["--model_name_or_path", "nowhere", *parts[2:], "--output_dir", str(tmp_path / "used")]
-    with pytest.raises(ValueError, match="was used before"):
+    with pytest.raises(ValueError, match=r"used.*checkpoint-2"):
         run_recipe("tiny_cpu_stage1", parts)
 
 
@@ -214,7 +214,7 @@ def test_last_of_an_unknown_run_is_refused_before_anything_is_loaded(parts, tmp_
 
     save_checkpoint(tmp_path, 2)
     parts = ["--model_name_or_path", str(tmp_path / "nowhere"), *parts[2:], "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="has no _run.json"):
+    with pytest.raises(ValueError, match="_run.json"):
         run_recipe("tiny_cpu_stage1", [*parts, "--resume_from_checkpoint", "last"])
     with pytest.raises(OSError, match="nowhere"):
         run_recipe("tiny_cpu_stage1", [*parts, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
@@ -235,7 +235,7 @@ def test_full_disk_leaves_no_half_checkpoint(parts, tmp_path, file, recipe):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        with pytest.raises(OSError, match="could not save to .*Last complete checkpoint: none"):
+        with pytest.raises(OSError, match="b: .*: none"):
             run_recipe(recipe, [*parts, "--output_dir", str(tmp_path / "b"), "--save_steps", "1"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -268,6 +268,6 @@ def test_code_of_a_checkpoint_never_runs(parts, tmp_path):
     assert not mark.exists()
     config = json.loads((hostile / "config.json").read_text())
     (hostile / "config.json").write_text(json.dumps({**config, "model_type": "unknown"}))
-    with pytest.raises(ValueError, match="trust_remote_code|unknown|does not recognize"):
+    with pytest.raises(ValueError, match="trust_remote_code"):
         run_recipe(str(recipe), [*arguments, "--overwrite_output_dir", "true"])
     assert not mark.exists()

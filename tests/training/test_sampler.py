@@ -58,7 +58,7 @@ def test_small_data(count, size):
 
 
 def test_arguments_that_do_not_fit():
-    with pytest.raises(ValueError, match="got 2 lengths, 1 modalities and batch_size=4"):
+    with pytest.raises(ValueError, match="2 .*1 .*batch_size=4"):
         ModalityLengthSampler([1, 2], [True], 4)
     with pytest.raises(ValueError, match="batch_size=0"):
         ModalityLengthSampler([1], [True], 0)
@@ -145,12 +145,12 @@ def test_rows_that_are_cut_are_named_and_those_that_cannot_be_stop(processor):
     long = [row for row, (length, _) in enumerate(exact) if length > most]
     assert [lengths[row] for row in long] == [exact[row][0] for row in long] and long
     message = describe_long_rows(rows, lengths, has_images, processor, most)
-    assert f"{len(long)} rows ({', '.join(map(str, long))}) of 6 are longer than max_length={most}" in message
-    assert f"the longest has {max(lengths)} tokens" in message
+    named = (f"{len(long)} rows ({', '.join(map(str, long))})", f"max_length={most}", f"{max(lengths)} tokens")
+    assert all(value in message for value in named)
     assert describe_long_rows(rows, lengths, has_images, processor, max(lengths)) is None
     lengths, has_images = measure_lengths(rows, processor, 3)
     stuck = [row for row, (_, images) in enumerate(exact) if images]
-    with pytest.raises(ValueError, match=rf"max_length=3 would cut an image of 5 rows .{', '.join(map(str, stuck))}.:"):
+    with pytest.raises(ValueError, match=rf"max_length=3 .*5 rows .{', '.join(map(str, stuck))}."):
         describe_long_rows(rows, lengths, has_images, processor, 3)
 
 

@@ -204,7 +204,7 @@ def test_learning_rates_per_part_keep_8_bit_overrides(make_trainer):
 def test_learning_rates_per_part_where_the_optimizer_holds_something_else(make_trainer):
     trainer = make_trainer(**PLAN, projector_learning_rate=1e-4)
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 1e-3, "params": [torch.zeros(2, requires_grad=True)]})
-    with pytest.raises(ValueError, match="optim='adamw_torch.*vision_learning_rate and projector_learning_rate out"):
+    with pytest.raises(ValueError, match="optim='adamw_torch.*vision_learning_rate.*projector_learning_rate"):
         trainer.create_optimizer()
 
 
@@ -231,7 +231,7 @@ def test_gradient_norm_is_computed_once(make_trainer, monkeypatch):
 
 def test_learning_rate_of_a_frozen_part(make_trainer):
     trainer = make_trainer(trainable=["language_model"], projector_learning_rate=1e-4)
-    with pytest.raises(ValueError, match="0.0001 is set for the projector, but none of its parameters are trained"):
+    with pytest.raises(ValueError, match=r"0\.0001 .*projector"):
         trainer.train()
 
 
@@ -291,13 +291,13 @@ def test_features_of_another_tower_or_size_are_not_taken(make_trainer, tmp_path)
     make_trainer(**plan)
     make_trainer(**plan, image_size=192)
     assert len(list((tmp_path / "features").iterdir())) == 2
-    with pytest.raises(ValueError, match=r"the vision tower is trained \(.* and \d+ more\), so its features change"):
+    with pytest.raises(ValueError, match=r"\(embeddings\S+ and \d+ more\)"):
         make_trainer(vision_cache=str(tmp_path / "features"))
 
 
 def test_cache_that_does_not_fit_is_refused_first(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("convllava_hf.training.vision_cache.VisionCache.estimate_bytes", lambda self, sizes: 10**18)
-    with pytest.raises(OSError, match=r"20 are to be computed: 1000000000.000 GB. Only .* GB are free there"):
+    with pytest.raises(OSError, match=r"\b20 .*1000000000\.000 GB.* \d+\.\d+ GB"):
         make_trainer(trainable=["multi_modal_projector"], vision_cache=str(tmp_path / "features"))
 
 
@@ -319,17 +319,14 @@ class TestCollator:
         assert torch.equal(cut["pixel_values"], whole["pixel_values"])
 
     def test_names_the_row_whose_image_does_not_fit(self, checkpoint):
-        message = (
-            r"max_length=8 would cut an image of the row that begins 'Question 0\?' \(1 images\): raise max_length"
-        )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"max_length=8 .*'Question 0\?' \(1 images\)"):
             self.collate(checkpoint, make_rows(2), max_tokens=8)
 
     def test_names_the_row_that_cannot_be_prepared(self, checkpoint):
         rows = list(make_rows(3))
         rows[1]["images"] = []
         rows[1]["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "Where is it?"}]
-        with pytest.raises(ValueError, match=r"cannot prepare the row that begins '.*Where is it\?' \(0 images\)"):
+        with pytest.raises(ValueError, match=r"Where is it\?' \(0 images\)"):
             self.collate(checkpoint, rows)
 
     def test_says_that_a_row_has_nothing_to_learn(self, checkpoint, caplog):
@@ -338,7 +335,7 @@ class TestCollator:
         transformers.utils.logging.enable_propagation()
         batch = self.collate(checkpoint, rows)
         transformers.utils.logging.disable_propagation()
-        assert "no token to train on in the row that begins 'Question 1?" in caplog.text
+        assert "'Question 1?" in caplog.text
         assert (batch["labels"][1] == -100).all() and (batch["labels"][0] != -100).any()
 
 
@@ -355,7 +352,7 @@ def test_missing_image_is_named(make_trainer, tmp_path):
     rows[2]["images"] = [{"bytes": None, "path": str(tmp_path / "gone.png")}]
     dataset = make_rows(4)
     dataset = dataset.from_list(rows, features=dataset.features)
-    with pytest.raises(ValueError, match="cannot read an image of the row that begins .*gone.png"):
+    with pytest.raises(ValueError, match=r"Question 2\?.*gone.png"):
         make_trainer(dataset).train()
 
 
@@ -391,14 +388,8 @@ def test_broken_image_is_named(make_trainer, tmp_path, cached, column, broken):
     dataset = dataset.from_list(rows, features=dataset.features)
     dataset = use_single_images(dataset) if column == "image" else dataset
     settings = {"trainable": ["multi_modal_projector"], "vision_cache": str(tmp_path / "cache")} if cached else {}
-    message = "cannot read image 0 of row 2: " if cached else "cannot read an image of the row that begins .*: "
-    message += {
-        "cut": "",
-        "garbage": "(cannot identify|.* not an image)",
-        "empty": "it has neither",
-        "gone": ".*gone.png",
-    }[broken]
-    with pytest.raises(ValueError, match=message):
+    message = "image 0 of row 2: " if cached else r"'Question 2\?.*: "
+    with pytest.raises(ValueError, match=message + ".*gone.png" * (broken == "gone")):
         make_trainer(dataset, **settings).train()
 
 
@@ -408,7 +399,7 @@ def test_broken_image_of_the_evaluation_is_named(make_trainer):
     rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:60]
     broken = Dataset.from_list(rows, features=dataset.features)
     trainer = make_trainer(dataset, eval_dataset=broken)
-    with pytest.raises(ValueError, match="cannot read an image of the row that begins"):
+    with pytest.raises(ValueError, match=r"'Question 1\?"):
         trainer.evaluate()
 
 
@@ -422,7 +413,7 @@ def test_gradient_that_is_no_number_stops_before_it_spoils_the_weights(make_trai
         return gradient * float("nan") if len(steps) == 2 else gradient
 
     parameter.register_hook(spoil)
-    with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 2; .*checkpoint: .*checkpoint-1\."):
+    with pytest.raises(FloatingPointError, match=r"gradient .* step 2.*checkpoint-1\."):
         trainer.train()
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
     assert not (Path(trainer.args.output_dir) / "checkpoint-2").exists()
@@ -434,7 +425,7 @@ def test_gradient_that_is_no_number_under_deepspeed(make_trainer, monkeypatch):
     norms = iter([1.0, float("inf")])
     trainer.is_deepspeed_enabled = True
     monkeypatch.setattr(trainer, "_clip_grad_norm", lambda model: next(norms))
-    with pytest.raises(FloatingPointError, match=r"at step 2; the weights in memory are spoilt, no checkpoint is by"):
+    with pytest.raises(FloatingPointError, match="step 2.* spoilt"):
         trainer._get_grad_norm(trainer.model, trainer._clip_grad_norm(trainer.model))
         trainer.state.global_step = 1
         trainer._get_grad_norm(trainer.model, trainer._clip_grad_norm(trainer.model))
@@ -450,9 +441,7 @@ def test_loss_that_is_no_number_stops_before_it_spoils_the_weights(make_trainer)
         return compute(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
 
     trainer.compute_loss = compute_loss
-    with pytest.raises(
-        FloatingPointError, match=r"loss is nan at step 3; .*Last complete checkpoint: .*checkpoint-2\."
-    ):
+    with pytest.raises(FloatingPointError, match=r"nan at step 3.*checkpoint-2\."):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
@@ -468,7 +457,7 @@ def test_full_disk_leaves_the_last_checkpoint(make_trainer, monkeypatch):
         return save(content, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save_until_full)
-    with pytest.raises(OSError, match=r"could not save to .*: .*Last complete checkpoint: .*checkpoint-1\."):
+    with pytest.raises(OSError, match=r"output: .*checkpoint-1\."):
         trainer.train()
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -552,8 +541,8 @@ def test_curves_without_a_loss(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "pass --model_name_or_path"),
-        (["--model_name_or_path", "x"], "pass --dataset_name"),
+        ([], "--model_name_or_path"),
+        (["--model_name_or_path", "x"], "--dataset_name"),
     ],
 )
 def test_what_is_missing_is_said(arguments, message):
@@ -562,7 +551,7 @@ def test_what_is_missing_is_said(arguments, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(FileNotFoundError, match="no recipe 'stage9'; expected a YAML file or one of: convllava_dpo"):
+    with pytest.raises(FileNotFoundError, match="'stage9'.*convllava_dpo"):
         run_recipe("stage9")
 
 
@@ -595,7 +584,7 @@ def test_data_that_can_only_be_here_is_not_asked_of_the_hub(tmp_path, monkeypatc
     (tmp_path / "built").mkdir()
     assert locate_data("built") == ("built", {})
     for name in ("data", "./data", "/nowhere/data", "built/data", "a/b/c", "gone.json", "owner/gone.json", "~/gone"):
-        with pytest.raises(FileNotFoundError, match=f"--dataset_name {re.escape(name)}: there is no such file"):
+        with pytest.raises(FileNotFoundError, match=f"--dataset_name {re.escape(name)}: "):
             locate_data(name)
     assert locate_data("owner/name") == ("owner/name", {})
 
@@ -676,7 +665,7 @@ def test_images_become_the_shape_that_is_asked_for(make_trainer, tmp_path):
     trainer = make_trainer(image_aspect_ratio="native")
     assert trainer.processing_class.image_processor.image_aspect_ratio == "native"
     assert len(next(iter(trainer.get_train_dataloader()))["image_sizes"].unique(dim=0)) > 1
-    with pytest.raises(ValueError, match="aspect_ratio='crop': ConvLlavaImageProcessor.* has pad, native, squash"):
+    with pytest.raises(ValueError, match="aspect_ratio='crop': ConvLlavaImageProcessor.*pad, native, squash"):
         make_trainer(image_aspect_ratio="crop")
     processor = AutoProcessor.from_pretrained(save_tiny_llava(tmp_path / "llava"))
     wide = Image.new("RGB", (56, 28), "red")
@@ -762,10 +751,10 @@ def test_stops_early_and_keeps_the_best(make_trainer, tmp_path):
     assert trainer.state.global_step == 3 == len(losses) and min(losses) == losses[0]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "output" / "checkpoint-1")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-4)
-    with pytest.raises(ValueError, match="early_stopping_patience=2 needs --load_best_model_at_end true"):
+    with pytest.raises(ValueError, match="early_stopping_patience=2 .*--load_best_model_at_end"):
         make_trainer(early_stopping_patience=2)
 
 
 def test_questions_to_answer_need_evaluation_data(make_trainer):
-    with pytest.raises(ValueError, match="eval_generate=2 needs evaluation data.*--eval_strategy steps.*--holdout"):
+    with pytest.raises(ValueError, match="eval_generate=2 .*--eval_strategy steps.*--holdout"):
         make_trainer(eval_generate=2)

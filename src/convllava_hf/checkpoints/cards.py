@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from .. import __version__
 from ..model.configuration_convllava import ConvLlavaConfig
@@ -56,6 +56,25 @@ def _list_results(facts: dict, benchmarks: dict) -> list[EvalResult]:
                 )
             )
     return results
+
+
+def read_outline(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A checkpoint's configuration, in which a plain one with the same settings stands for the language model's.
+
+    transformers' class for Llama imports torchvision, which takes longer than what `info` and `plan` do.
+
+    Args:
+        source: folder, or Hub id.
+        trust_remote_code: for models that neither transformers nor this package has.
+    """
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    config_class = CONFIG_CLASSES.get(settings.get("model_type"))
+    if config_class is None:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    text = settings.get("text_config")
+    if isinstance(text, dict) and "hidden_size" in text:  # else the class's defaults are needed
+        settings["text_config"] = PreTrainedConfig(**text)
+    return config_class.from_dict(settings)
 
 
 def list_image_tokens(config: PreTrainedConfig) -> list[tuple[int, int, int]]:

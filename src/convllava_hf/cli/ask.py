@@ -5,79 +5,53 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import JsonOption, RevisionOption, print_error, print_json, report_errors
+from .options import JsonOption, RevisionOption, TrustOption, print_error, print_json, report_errors
 
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", metavar="MODEL", help="Checkpoint: a Hub id or a path.", show_default=False)
 ]
-
-
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps ... [default: the best there is]")
 ]
-
-
 DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto, bfloat16, float16 or float32.")]
-
-
 QuantizeOption = Annotated[
     str | None, typer.Option(metavar="4bit|8bit|int8", help="Smaller weights: by bitsandbytes, or torchao's int8.")
 ]
-
-
 AttentionOption = Annotated[str | None, typer.Option(metavar="NAME", help="sdpa, eager, flash_attention_2 ...")]
-
-
 RuntimeOption = Annotated[
     str | None, typer.Option(metavar="onnx|openvino", help="MODEL is an export for this runtime.")
 ]
-
-
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-
-
 ImageTokensOption = Annotated[
     int | None,
     typer.Option(
         metavar="N", min=1, help="Most tokens per image; fewer are faster and see less. [default: as trained]"
     ),
 ]
-
-
 CornerOption = Annotated[
     int | None,
     typer.Option(
         "--fit-to-corner", metavar="PIXELS", min=1, help="Put images into the corner of a black square, as LLaVAR does."
     ),
 ]
-
-
 NewTokensOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Longest answer, in tokens. [default: 512, or what fits]")
 ]
-
-
 TemperatureOption = Annotated[
     float, typer.Option(metavar="T", min=0, help="0 is the most likely answer, above 0 samples.")
 ]
-
-
 SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
-
-
 CHAT_HELP = """\
 /image PATH...  show images (paths or URLs) with the next question
 /reset          forget the conversation
 /help           this list
 /exit           leave (or Ctrl-D); Ctrl-C stops an answer"""
-
-
 # What looks like the name of an image: then it is a mistyped path and no question.
 IMAGE_NAME = re.compile(r"\S+\.(avif|bmp|gif|jpe?g|jp2|png|tiff?|webp)", re.IGNORECASE)
 
@@ -145,19 +119,8 @@ def ask(
         if not as_json:
             print_stream(stream)
             return
-        text, stats = "".join(stream), stream.stats
-        report = {
-            "answer": text,
-            "model": model,
-            "image_tokens": stats.image_tokens,
-            "prompt_tokens": stats.prompt_tokens,
-            "new_tokens": stats.new_tokens,
-            "finish_reason": stats.finish_reason,
-            "seconds_to_first_token": stats.seconds_to_first_token,
-            "seconds": stats.seconds,
-            "tokens_per_second": stats.tokens_per_second,
-        }
-        print_json(report)
+        report = {"answer": "".join(stream), "model": model, **asdict(stream.stats)}
+        print_json({**report, "tokens_per_second": stream.stats.tokens_per_second})
 
 
 def chat(

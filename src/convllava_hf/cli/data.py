@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .commands import CommandGroup
-from .options import CheckFailed, JsonOption, print_report, report_errors
+from .options import CheckFailed, JsonOption, TrustOption, print_report, report_errors
 
 
 data_app = typer.Typer(
@@ -34,7 +34,6 @@ ImageSizeOption = Annotated[
 VerifyOption = Annotated[
     str, typer.Option(metavar="decode|header", help="Check images as a whole, or by their first bytes (faster).")
 ]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 
 
 @contextmanager

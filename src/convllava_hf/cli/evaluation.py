@@ -283,7 +283,7 @@ def write_report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of `convllava eval`.")],
     *,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Page to write.", show_default=False)
+        Path | None, typer.Option("--output", "--out", "-o", metavar="FILE", help="Page to write.", show_default=False)
     ] = None,
     card: Annotated[
         Path | None,
@@ -317,7 +317,7 @@ def convert(
     ],
     *,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="File to write.", show_default=False)
+        Path | None, typer.Option("--output", "--out", "-o", metavar="FILE", help="File to write.", show_default=False)
     ] = None,
     prompt_format: Annotated[str, typer.Option(metavar="NAME", help="scienceqa: such as CQM-A, QCM-LEPA.")] = "CQM-A",
     split: Annotated[str, typer.Option(metavar="NAME", help="scienceqa: train, val, test, ...")] = "test",
@@ -370,7 +370,9 @@ def ground(
     phrase: Annotated[str, typer.Argument(metavar="TEXT", help='What to find, such as "the red cup".')],
     *,
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Hub id or path.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Image to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--output", "--out", "-o", metavar="FILE", help="Image to write.", show_default=False)
+    ],
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,

@@ -38,6 +38,7 @@ StoredDtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help=
 ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file; also bounds the memory.")]
 RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output folder that convllava-hf made.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

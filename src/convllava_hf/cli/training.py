@@ -11,6 +11,7 @@ from .options import (
     OutputOption,
     ShardOption,
     StoredDtypeOption,
+    TrustOption,
     print_json,
     print_report,
     report_errors,
@@ -114,7 +115,7 @@ def plan(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="With --memory: length of the rows. [default: the recipe's longest]")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ):
     """Show what a training stage trains, and the memory it takes.
@@ -128,37 +129,37 @@ def plan(
     """
     with report_errors():
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
 
         from ..checkpoints.architecture import check_source
-        from ..model.modeling_convllava import set_trainable
-        from ..registration import register
-        from ..training.plans import describe_plan, get_trainable
+        from ..checkpoints.cards import read_outline
+        from ..checkpoints.shapes import count_parameters
+        from ..hub.info import list_tensors
+        from ..training.plans import get_trainable, plan_stored
 
-        register()
         size = getattr(torch, dtype, None)
         if not isinstance(size, torch.dtype) or not size.is_floating_point:
             raise ValueError(f"dtype={dtype!r}; expected float32, bfloat16 or float16.")
         check_source(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        config = read_outline(checkpoint, trust_remote_code)
         if vision_from is not None and stage != 2:
             raise ValueError(f"--vision-from {vision_from} is for stage 2, which trains a part of the tower.")
         patterns = get_trainable(config, stage, vision_from or "stage3")
         if memory:
-            from transformers import AutoImageProcessor
+            from transformers import AutoConfig, AutoImageProcessor
 
+            from ..registration import register
             from ..training.memory import plan_memory
 
+            register()
+            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
             if image_size is None:
                 size = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).size
                 image_size = size.get("height") or size["shortest_edge"]
             table = plan_memory(config, stage, patterns, gpus=gpus, image_size=image_size, tokens=tokens)
             print_json({"stage": stage, "image_size": image_size, "recipes": table}) if as_json else print_memory(table)
             return
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-        set_trainable(model, patterns)
-        rows = [(part.part, part.trainable, part.frozen, part.estimate_bytes(size)) for part in describe_plan(model)]
+        planned = plan_stored(count_parameters(list_tensors(checkpoint)), patterns)
+        rows = [(part.part, part.trainable, part.frozen, part.estimate_bytes(size)) for part in planned]
         if as_json:
             parts = [dict(zip(("part", "trainable", "frozen", "bytes"), row, strict=True)) for row in rows]
             print_json({"stage": stage, "dtype": dtype, "trained": patterns, "parts": parts})

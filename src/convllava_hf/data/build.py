@@ -50,18 +50,12 @@ from .sources import Source, check_sources, count_copies, name_apart
 
 
 REPORT, STATE, UNFINISHED = "build_report.json", ".build", ".partial"
-
-
 # What an unfinished build consists of.
 WRITTEN = re.compile(
     rf"(?:{re.escape(STATE)}/[^/]+\.json|{REPORT})(?:\.tmp)?|{re.escape(MANIFEST)}"
     rf"|(?:{'|'.join(SPLITS)})/(?:[^/]+-\d{{5,}}\.parquet|\.[^/]+-\d{{5,}}\.parquet\.tmp)"
 )
-
-
 SHARD_ROWS = {"bytes": 1000, "paths": 5000}
-
-
 GROUP_ROWS, GROUP_BYTES = 250, 32 * 2**20  # of a row group: what a reader and a writer hold at once
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from ..images import decode_image
-from ..tokens import count_image_tokens, list_parts
+from ..tokens import count_image_tokens, list_parts, place_images
 from .build import REPORT
 from .check import list_splits
 from .report import describe_bad_row
@@ -209,19 +209,12 @@ def render_tokens(row: dict, images: list[Image.Image], processor) -> tuple[str,
 
 def encode_row(row: dict, images: list[Image.Image], processor) -> tuple[list[int], list[int]]:
     """Token ids of a row, and 1 where a token carries loss, by the call that training makes."""
-    left = iter(images)
-    messages = [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(left)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in row["messages"]
-    ]
     encoded = processor.apply_chat_template(
-        [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        [place_images(row["messages"], images)],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
     )
     return encoded["input_ids"][0].tolist(), encoded["assistant_masks"][0].tolist()
 

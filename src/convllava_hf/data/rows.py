@@ -15,8 +15,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..tokens import tokenize_row
 
@@ -24,8 +25,9 @@ from ..tokens import tokenize_row
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LEADING_IMAGES = re.compile(f"(?:{IMAGE}\n)*")
-BLOCK = 2**20  # bytes of JSON that are read at once
-LONGEST_ROW = 64 * 2**20  # characters; what has no end after so many is no row
+BEGIN = 2**12  # bytes that tell a list from lines
+BLOCK = 2**20  # bytes of a list that are read at once
+LONGEST_ROW = 64 * 2**20  # characters or bytes; what has no end after so many is no row
 BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 EXCERPT = 500  # characters of a bad row that are kept to show it
 
@@ -95,91 +97,97 @@ def iterate_json(path: str | Path) -> Iterator[RowText]:
     Raises:
         ValueError: the file is no such JSON, or ends early; names the row and its line.
     """
+    with open(path, "rb") as file:
+        begin = file.read(BEGIN).decode("utf-8-sig", "surrogateescape").lstrip()[:20]
+        file.seek(0)
+        if begin.startswith("["):
+            yield from _iterate_list(path, file)
+        elif begin.startswith("{"):
+            yield from _iterate_lines(path, file)
+        elif "\udc80" <= begin[:1] <= "\udcff":
+            raise ValueError(f"{path}: is not UTF-8 at its beginning; convert the file.")
+        else:
+            raise ValueError(f"{path}: begins with {begin!r}; expected a JSON list, or one JSON object per line.")
+
+
+def _iterate_lines(path: str | Path, file: BinaryIO) -> Iterator[RowText]:
+    for line, content in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), 1):
+        if len(content) == LONGEST_ROW:
+            raise ValueError(f"{path}, line {line}: does not end within {LONGEST_ROW:,} bytes; is it JSON Lines?")
+        text = content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape").strip()
+        if text:
+            yield RowText(text, line, file.tell())
+
+
+def _iterate_list(path: str | Path, file: BinaryIO) -> Iterator[RowText]:
     # Only the ends of the rows are wanted here, so numbers need not become numbers.
     scan = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     blank = re.compile(r"\s*").match
     buffer, position, row, line, size, ended = "", 0, 0, 1, 0, False
-    with open(path, "rb") as file:
 
-        def read_more() -> None:
-            nonlocal buffer, position, size, ended
-            # Rows that are longer than a block double what is read, or they would be scanned over and over.
-            block = file.read(max(BLOCK, len(buffer) - position))
-            size, ended = size + len(block), not block
-            buffer, position = buffer[position:] + decode(block, ended), 0
+    def read_more() -> None:
+        nonlocal buffer, position, size, ended
+        # Rows that are longer than a block double what is read, or they would be scanned over and over.
+        block = file.read(max(BLOCK, len(buffer) - position))
+        size, ended = size + len(block), not block
+        buffer, position = buffer[position:] + decode(block, ended), 0
 
-        def move_to(end: int) -> None:
-            nonlocal position, line
-            line += buffer.count("\n", position, end)
-            position = end
+    def move_to(end: int) -> None:
+        nonlocal position, line
+        line += buffer.count("\n", position, end)
+        position = end
 
-        def skip_blank() -> str:
-            while True:
-                move_to(blank(buffer, position).end())
-                if position < len(buffer) or ended:
-                    return buffer[position : position + 1]
-                read_more()
-
-        is_list = skip_blank() == "["
-        if "\udc80" <= buffer[position : position + 1] <= "\udcff":
-            raise ValueError(f"{path}: is not UTF-8 at its beginning; convert the file.")
-        if not is_list and buffer[position : position + 1] != "{":
-            raise ValueError(f"{path}: begins with {buffer[:20]!r}; expected a JSON list, or one JSON object per line.")
-        position += is_list
+    def skip_blank() -> str:
         while True:
-            start = skip_blank()
-            if not start and not is_list:
-                return
-            if start == "]" and is_list and row == 0:
-                position += 1
-                break
-            while True:
-                try:
-                    try:
-                        _, end = scan(buffer, position)
-                    except RecursionError:
-                        end = _find_end(buffer, position)
-                    if end < len(buffer) or ended:  # else a number might go on
-                        break
-                except json.JSONDecodeError as error:
-                    is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
-                    is_endless = len(buffer) - position > LONGEST_ROW
-                    end = -1 if is_list else buffer.find("\n", position)
-                    if not is_list and (end >= 0 or ended):
-                        end = end if end >= 0 else len(buffer)
-                        break
-                    if is_endless or (is_list and (ended or not is_cut)):
-                        what = "the file ends inside of it; is it complete?" if ended and is_cut else error.msg
-                        near = buffer[max(position, error.pos - 20) : error.pos + 20]
-                        near_line = line + buffer.count("\n", position, error.pos)
-                        raise ValueError(
-                            f"{path}, row {row} (line {near_line}): no valid JSON near {near!r}: {what}"
-                        ) from error
-                read_more()
-            text = buffer[position:end]
+            move_to(blank(buffer, position).end())
+            if position < len(buffer) or ended:
+                return buffer[position : position + 1]
+            read_more()
+
+    skip_blank()
+    position += 1  # the bracket that opens the list
+    delimiter = skip_blank()
+    position += delimiter == "]"
+    while delimiter != "]":
+        skip_blank()
+        while True:
             try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                if is_list:
-                    bad_line = line + text.count("\n", 0, error.start)
-                    near = ascii(text[max(0, error.start - 20) : error.end + 20])
-                    raise ValueError(
-                        f"{path}, row {row} (line {bad_line}): is not UTF-8 near {near}; convert the file."
-                    ) from None
-            yield RowText(text, line, size)
-            move_to(end)
-            row += 1
-            if is_list:
-                delimiter = skip_blank()
-                position += 1
-                if delimiter == "]":
+                try:
+                    _, end = scan(buffer, position)
+                except RecursionError:
+                    end = _find_end(buffer, position)
+                if end < len(buffer) or ended:  # else a number might go on
                     break
-                if delimiter != ",":
-                    what = f"found {delimiter!r}" if delimiter else "the file ends; is it complete?"
-                    raise ValueError(f"{path}, after row {row - 1} (line {line}): expected ',' or ']', but {what}")
-        if skip_blank():
-            raise ValueError(f"{path}: goes on after the end of the list, with {buffer[position : position + 20]!r}.")
+            except json.JSONDecodeError as error:
+                is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
+                if ended or not is_cut or len(buffer) - position > LONGEST_ROW:
+                    what = "the file ends inside of it; is it complete?" if ended and is_cut else error.msg
+                    near = buffer[max(position, error.pos - 20) : error.pos + 20]
+                    near_line = line + buffer.count("\n", position, error.pos)
+                    raise ValueError(
+                        f"{path}, row {row} (line {near_line}): no valid JSON near {near!r}: {what}"
+                    ) from error
+            read_more()
+        text = buffer[position:end]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            bad_line = line + text.count("\n", 0, error.start)
+            near = text[max(0, error.start - 20) : error.end + 20]
+            raise ValueError(
+                f"{path}, row {row} (line {bad_line}): is not UTF-8 near {near!a}; convert the file."
+            ) from None
+        yield RowText(text, line, size)
+        move_to(end)
+        row += 1
+        delimiter = skip_blank()
+        position += 1
+        if delimiter not in ("]", ","):
+            what = f"found {delimiter!r}" if delimiter else "the file ends; is it complete?"
+            raise ValueError(f"{path}, after row {row - 1} (line {line}): expected ',' or ']', but {what}")
+    if skip_blank():
+        raise ValueError(f"{path}: goes on after the end of the list, with {buffer[position : position + 20]!r}.")
 
 
 def _find_end(text: str, start: int) -> int:

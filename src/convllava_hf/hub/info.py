@@ -8,7 +8,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +18,9 @@ from huggingface_hub import HfApi, HfFileSystem, is_offline_mode, snapshot_downl
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.architecture import check_source
-from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_sources
+from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_outline, read_sources
 from ..checkpoints.code_files import list_code_files
-from ..checkpoints.reading import WEIGHT_FILES, read_index, read_json
+from ..checkpoints.reading import WEIGHT_FILES, StoredTensor, read_index, read_json
 from ..checkpoints.shapes import BITSANDBYTES, count_parameters, find_quantization, read_header
 from ..checkpoints.staging import name_replaced
 from ..checkpoints.weight_maps import ConversionError
@@ -123,16 +124,40 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         HubError: the Hub refuses, or cannot be reached.
         ConversionError: no configuration or no weights, or files that are damaged.
     """
+    with _open_checkpoint(source, revision, token) as opened:
+        return _describe(*opened)
+
+
+def list_tensors(source: str | Path) -> dict[str, StoredTensor]:
+    """Name -> shape and dtype of every tensor of a checkpoint, from its headers.
+
+    Args:
+        source: folder, or Hub id.
+
+    Raises:
+        HubError, ConversionError: as [`describe_checkpoint`].
+    """
+    with _open_checkpoint(source) as (_, *opened):
+        return _read_headers(*opened)
+
+
+@contextmanager
+def _open_checkpoint(
+    source: str | Path, revision: str | None = None, token: str | None = None
+) -> Iterator[tuple[str, Path, set[str], Callable[[str], BinaryIO]]]:
+    """Its name, a folder with its small files, the names of all files, and what opens one of them."""
     folder = Path(os.path.expanduser(source))
     name_replaced(folder.resolve())
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"{source} is a folder; revision {revision!r} needs a Hub id. Leave it out.")
-        return _describe_folder(str(source), folder)
+        yield str(source), *_open_folder(folder)
+        return
     repo_id = str(source)
     if is_offline_mode():  # what is in the cache is a folder
         with explain_errors(f"looking at {repo_id}", token):
-            return _describe_folder(repo_id, Path(snapshot_download(repo_id, revision=revision)))
+            yield repo_id, *_open_folder(Path(snapshot_download(repo_id, revision=revision)))
+        return
     with explain_errors(f"looking at {repo_id}", token), guard_responses():
         api = HfApi(token=token)
         commit, there = list_remote(api, repo_id, revision or "main", must_exist=True)
@@ -142,12 +167,20 @@ def describe_checkpoint(source: str | Path, revision: str | None = None, token: 
         def open_remote(name: str) -> BinaryIO:
             return system.open(f"{repo_id}/{name}", "rb", revision=commit, block_size=2**18)
 
-        return _describe(f"{repo_id} at {commit[:12]}", folder, set(there), open_remote)
+        yield f"{repo_id} at {commit[:12]}", folder, set(there), open_remote
 
 
-def _describe_folder(name: str, folder: Path) -> CheckpointInfo:
+def _open_folder(folder: Path) -> tuple[Path, set[str], Callable[[str], BinaryIO]]:
     names = {path.name for path in folder.iterdir() if path.is_file()}  # opening a pipe would wait for ever
-    return _describe(name, folder, names, lambda file: open(folder / file, "rb"))
+    return folder, names, lambda file: open(folder / file, "rb")
+
+
+def _read_headers(folder: Path, names: set[str], open_file: Callable[[str], BinaryIO]) -> dict[str, StoredTensor]:
+    tensors = {}
+    for file in _list_weight_files(folder, names):
+        with open_file(file) as content:
+            tensors |= read_header(content, file)
+    return tensors
 
 
 def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str], BinaryIO]) -> CheckpointInfo:
@@ -167,14 +200,11 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
     elif kind in CONFIG_CLASSES:
         try:
             check_source(folder)
-            info.image_tokens = list_image_tokens(CONFIG_CLASSES[kind].from_pretrained(folder))
+            info.image_tokens = list_image_tokens(read_outline(folder))
         except Exception as error:  # settings of wrong types fail in every class in its own way
             problem = " ".join(f"{error}".split())[:300] or type(error).__name__
             raise ConversionError(f"{folder / 'config.json'} cannot be read: {problem}. Get it again.") from error
-    tensors = {}
-    for file in _list_weight_files(folder, names):
-        with open_file(file) as content:
-            tensors |= read_header(content, file)
+    tensors = _read_headers(folder, names, open_file)
     default = "vision tower" if kind == "convnext" else "language model"
     parts, dtypes, quantized = Counter(), Counter(), 0
     info.quantization = find_quantization(config)

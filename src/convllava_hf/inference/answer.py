@@ -15,8 +15,6 @@ from ..images import GetSize, ImageSource, get_draft, limit_image_tokens, load_i
 
 
 logger = logging.get_logger(__name__)
-
-
 DEFAULT_NEW_TOKENS = 512
 
 

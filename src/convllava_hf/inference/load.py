@@ -26,8 +26,6 @@ from .runtime import load_export
 
 
 logger = logging.get_logger(__name__)
-
-
 # Name -> the package that does it.
 QUANTIZERS = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 # The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.

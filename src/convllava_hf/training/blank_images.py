@@ -21,7 +21,6 @@ from .collator import mark_rows
 
 
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-PADDING = {"labels": -100}  # of other tensors of the shape (B, S): 0
 
 
 def count_passes(batch: dict, config: PreTrainedConfig) -> int:
@@ -56,30 +55,30 @@ def add_passes(batch: dict, passes: int, processor: ProcessorMixin, config: PreT
     return {**add(batch, count, config.image_token_id), **images}
 
 
-def _add_row(batch: dict, count: int, image_token_id: int) -> dict:
-    """Adds a row of placeholders at the end of rows that are joined without padding."""
+def _add_columns(batch: dict, columns: int, input_ids: int = 0) -> dict:
+    """Pads all tensors `(B, S)` on the right; labels with what carries no loss, the others with 0."""
+    fill = {"input_ids": input_ids, "labels": -100}
     places = batch["input_ids"].shape
-    batch = {
-        key: pad(value, (0, count), value=image_token_id if key == "input_ids" else PADDING.get(key, 0))
+    return {
+        key: pad(value, (0, columns), value=fill.get(key, 0))
         if isinstance(value, torch.Tensor) and value.shape == places
         else value
         for key, value in batch.items()
     }
+
+
+def _add_row(batch: dict, count: int, image_token_id: int) -> dict:
+    """Adds a row of placeholders at the end of rows that are joined without padding."""
+    batch = _add_columns(batch, count, input_ids=image_token_id)
     batch["position_ids"][:, -count:] = torch.arange(count)
     return mark_rows(batch)
 
 
 def _add_placeholders(batch: dict, count: int, image_token_id: int) -> dict:
     """Writes placeholders over the padding of a batch without images, and over new columns where that is too little."""
-    rows, length = batch["input_ids"].shape
+    rows = len(batch["input_ids"])
     lacking = count - (batch["attention_mask"] == 0).sum().item()
-    columns = max(0, -(-lacking // rows))
-    batch = {
-        key: pad(value, (0, columns), value=PADDING.get(key, 0))
-        if isinstance(value, torch.Tensor) and value.shape == (rows, length)
-        else value
-        for key, value in batch.items()
-    }
+    batch = _add_columns(batch, max(0, -(-lacking // rows)))
     places = (batch["attention_mask"] == 0).flatten().nonzero().flatten()[:count]
     input_ids = batch["input_ids"].flatten().clone()
     input_ids[places] = image_token_id

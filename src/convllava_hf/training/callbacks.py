@@ -11,55 +11,37 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-
-
 CURVES = "training_curves.png"
 SECONDS_PER_LINE = 10
 
 
+SHOWN = ("loss", "eval_loss", "eval_exact_match", "learning_rate", "grad_norm")
+
+
 class LossBarCallback(ProgressCallback):
-    """transformers' progress bar with the loss beside it; where that goes to a file, lines instead of a bar."""
-
-    def __init__(self):
-        super().__init__()
-        self.is_terminal, self.last_line = sys.stderr.isatty(), -math.inf
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.is_terminal:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.is_terminal:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.is_terminal:
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.is_terminal:
-            super().on_train_end(args, state, control, **kwargs)
+    """transformers' progress bar with the loss beside it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.is_terminal:
-            if state.is_world_process_zero:
-                self._write_line(state, logs)
-        elif self.training_bar is not None and "loss" in logs:
+        if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
         else:
             super().on_log(args, state, control, logs, **kwargs)
 
-    def _write_line(self, state, logs: dict) -> None:
-        """A line for a log, but no more than one in `SECONDS_PER_LINE`; the first, the last and evaluations always."""
+
+class LossLinesCallback(TrainerCallback):
+    """A line per log in the place of a bar, for files: at most one in `SECONDS_PER_LINE`.
+
+    The first, the last and those of evaluations are always written.
+    """
+
+    def __init__(self):
+        self.last_line = -math.inf
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        text = "  ".join(f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs)
         is_due = time.monotonic() - self.last_line >= SECONDS_PER_LINE or state.global_step >= state.max_steps
-        shown = {
-            key: logs[key]
-            for key in ("loss", "eval_loss", "eval_exact_match", "learning_rate", "grad_norm")
-            if key in logs
-        }
-        if shown and (is_due or "eval_loss" in logs):
+        if state.is_world_process_zero and text and (is_due or "eval_loss" in logs):
             self.last_line = time.monotonic()
-            text = "  ".join(f"{key} {float(value):.4g}" for key, value in shown.items())
             sys.stderr.write(f"step {state.global_step}/{state.max_steps}  {text}\n")
 
 

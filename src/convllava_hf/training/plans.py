@@ -8,11 +8,12 @@ stage 1 leaves the output layer trainable by accident (`model.requires_grad_(Fal
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 
 PROJECTOR = r"multi_modal_projector\."
@@ -20,6 +21,7 @@ LANGUAGE_MODEL = r"(language_model|lm_head)\."
 STAGES = (1, 2, 3)
 VISION_FROM = re.compile(r"stage([1-9])(?:\.(\d+))?")
 TIMM_BLOCK = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.")
+BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")  # stored, and no parameters
 # Parts in the order of the computation, by what occurs in the names of their parameters.
 PARTS = {"vision tower": r"(^|\.)vision_tower\.", "projector": PROJECTOR, "language model": LANGUAGE_MODEL}
 
@@ -36,6 +38,8 @@ def get_stage_depths(config: PreTrainedConfig) -> list[int]:
     """
     depths = getattr(config.vision_config, "depths", None)
     if config.vision_config.model_type == "timm_wrapper":  # its configuration says no more than its name
+        from transformers import AutoModel
+
         with torch.device("meta"):
             names = AutoModel.from_config(config.vision_config).state_dict()
         found = {(int(match[1]), int(match[2])) for name in names if (match := TIMM_BLOCK.search(name))}
@@ -128,13 +132,25 @@ def describe_plan(model: nn.Module) -> list[PartPlan]:
     Returns:
         One entry per part that has parameters, in the order of the computation.
     """
+    return _count_parts((name, value.numel(), value.requires_grad) for name, value in model.named_parameters())
+
+
+def plan_stored(counts: dict[str, int], patterns: list[str]) -> list[PartPlan]:
+    """What a plan does to a checkpoint: as [`describe_plan`], from the names of its tensors and their numbers."""
+    is_trained = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).search
+    return _count_parts(
+        (name, count, is_trained(name) is not None) for name, count in counts.items() if not BUFFER.search(name)
+    )
+
+
+def _count_parts(parameters: Iterable[tuple[str, int, bool]]) -> list[PartPlan]:
     counts: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
+    for name, count, is_trained in parameters:
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "other")
         if part == "vision tower":
             stage = re.search(r"\.stages\.(\d+)\.", name)
             part = f"vision tower, stage {int(stage[1]) + 1}" if stage else f"{part}, stem"
-        counts.setdefault(part, [0, 0])[not parameter.requires_grad] += parameter.numel()
+        counts.setdefault(part, [0, 0])[not is_trained] += count
     order = sorted(counts, key=lambda part: ([*PARTS, "other"].index(part.split(",")[0]), "stem" not in part, part))
     return [PartPlan(part, *counts[part]) for part in order]
 

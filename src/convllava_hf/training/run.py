@@ -29,12 +29,8 @@ from .trainer import ConvLlavaTrainer
 
 
 logger = logging.get_logger(__name__)
-
-
 # The chat template for captions alone: nothing to chat with, so what is trained with it keeps its own.
 CAPTIONS_ALONE = "plain"
-
-
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
 LAST = ("true", "last")  # say to resume from the newest complete checkpoint
 PEEK = 2**16  # characters of a JSON that tell its format

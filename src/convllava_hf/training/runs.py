@@ -44,7 +44,7 @@ def find_damage(folder: Path) -> str | None:
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} or trainer_state.json cannot be read"
+        sizes = step = None
     if not isinstance(sizes, dict) or not isinstance(step, int):
         return f"its {MANIFEST} or trainer_state.json cannot be read"
     for name, size in sizes.items():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..images import decode_image, list_images
 from ..inference.answer import answer
-from ..tokens import list_parts
+from ..tokens import list_parts, place_images
 
 
 PAGE = "evaluation_answers.html"
@@ -140,17 +140,7 @@ def make_question(row: dict, original_rgb: bool = False) -> Question | None:
     messages = list_parts(row.get("messages") or [], len(images))
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         return None
-    left = iter([decode_image(image, original_rgb) for image in images])
-    messages = [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
-    *history, asked, expected = messages
+    *history, asked, expected = place_images(messages, [decode_image(image, original_rgb) for image in images])
     text, answered = ("".join(part.get("text") or "" for part in message["content"]) for message in (asked, expected))
     if not text.strip():
         return None

@@ -64,9 +64,8 @@ class ModalityLengthSampler(Sampler[int]):
                 batches += [pool[i : i + self.batch_size] for i in range(0, whole, self.batch_size)]
                 rest += pool[whole:]
         rest = [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
-        last = (
-            [rest.pop()] if rest and len(rest[-1]) < self.batch_size else []
-        )  # an incomplete batch must end the epoch
+        is_incomplete = bool(rest) and len(rest[-1]) < self.batch_size
+        last = [rest.pop()] if is_incomplete else []  # must end the epoch
         batches += rest
         rng.shuffle(batches)
         if batches:  # what does not fit into memory shows at the first step
@@ -155,10 +154,7 @@ def measure_lengths(
     Returns:
         Lengths, exact where they are more than `max_length`, and whether the rows have images.
     """
-    columns = {"messages", "text_tokens", "image_sizes", *COLUMNS} & set(dataset.column_names)
-    columns -= set(COLUMNS) if "image_sizes" in columns else set()
-    columns -= {"messages"} if "text_tokens" in columns else set()
-    dataset = undecode_images(dataset.select_columns(sorted(columns)))
+    dataset = _keep_columns(dataset, "text_tokens" if "text_tokens" in dataset.column_names else "messages")
     measured = dataset.map(
         RowMeasure(processor, max_length),
         remove_columns=dataset.column_names,
@@ -167,6 +163,12 @@ def measure_lengths(
         load_from_cache_file=True,
     )
     return list(measured["length"]), list(measured["has_images"])
+
+
+def _keep_columns(dataset: Dataset, text: str) -> Dataset:
+    """A column that tells the text of the rows, and those that tell the sizes of their images."""
+    images = ["image_sizes"] if "image_sizes" in dataset.column_names else COLUMNS
+    return undecode_images(dataset.select_columns([text, *(name for name in images if name in dataset.column_names)]))
 
 
 def describe_long_rows(
@@ -185,9 +187,7 @@ def describe_long_rows(
         return None
     long = [row for row, length in enumerate(lengths) if length > max_length]
     with_images = [row for row in long if has_images[row]]
-    columns = {"messages", "image_sizes", *COLUMNS} & set(dataset.column_names)
-    columns -= set(COLUMNS) if "image_sizes" in columns else set()
-    rows = undecode_images(dataset.select(with_images).select_columns(sorted(columns)))
+    rows = _keep_columns(dataset.select(with_images), "messages")
     if stuck := [number for number, row in zip(with_images, rows, strict=True) if measure.cuts_image(row)]:
         raise ValueError(
             f"max_length={max_length} would cut an image of {_name_rows(stuck)}: raise max_length, give images fewer "

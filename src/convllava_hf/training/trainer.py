@@ -6,6 +6,7 @@ Everything else (arguments, PEFT, distribution, logging, the loss) is TRL's and 
 import math
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from dataclasses import fields
@@ -35,7 +36,7 @@ from ..images import COLUMNS, get_draft, set_image_size, undecode_images
 from ..model.modeling_convllava import PADDED_ID_SCORE, find_names, set_trainable
 from .arguments import ConvLlavaTrainingArguments
 from .blank_images import add_passes, count_passes
-from .callbacks import CurvesCallback, LossBarCallback
+from .callbacks import CurvesCallback, LossBarCallback, LossLinesCallback
 from .collator import ConvLlavaCollator
 from .flops import measure_flops
 from .plans import PARTS, keep_trained_precise
@@ -55,12 +56,8 @@ from .vision_cache import VisionCache
 
 
 logger = logging.get_logger(__name__)
-
-
 # Modules of PEFT that train something in the place of the module inside them, and what they add to names.
 PEFT_WRAPPERS = (BaseTunerLayer, ModulesToSaveWrapper)
-
-
 PEFT_NAME_PARTS = r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)"
 
 
@@ -114,7 +111,7 @@ class ConvLlavaTrainer(SFTTrainer):
             model.base_model.register_forward_hook(self._gather_output_layer)
         self.add_callback(CurvesCallback())
         if self.pop_callback(ProgressCallback):
-            self.add_callback(LossBarCallback())
+            self.add_callback(LossBarCallback() if sys.stderr.isatty() else LossLinesCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 

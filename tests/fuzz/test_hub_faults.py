@@ -21,7 +21,7 @@ from convllava_hf.hub.pull import pull_checkpoint
 from convllava_hf.hub.push import push_checkpoint
 
 
-ROUNDS = [12, pytest.param(1000, marks=pytest.mark.slow)]
+ROUNDS = [12, pytest.param(300, marks=pytest.mark.slow)]
 REPO = "someone/tiny"
 STATUS = [400, 401, 403, 404, 409, 412, 416, 429, 500, 502, 503, 504]
 ZEROS = "0" * 40

@@ -86,6 +86,14 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights, see `tiny_checkpoint`; who changes it takes a copy."""
+    from tiny_checkpoint import save_tiny_checkpoint
+
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def converted(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference checkpoint in our format, as `convllava convert` makes it."""
     from convllava_hf.conversion.convert import convert_checkpoint

@@ -43,6 +43,8 @@ class Fault:
         status: answers with this code instead of doing anything.
         drop_after: reads (uploads) or writes (downloads) so many bytes, then closes the connection.
         corrupt: flips a bit of what is sent back.
+        cut: sends back so many bytes, as if that were all.
+        headers: are sent back in the place of those of the same names.
         skip: lets so many matching requests pass first.
     """
 
@@ -52,6 +54,8 @@ class Fault:
     status: int | None = None
     drop_after: int | None = None
     corrupt: bool = False
+    cut: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     skip: int = 0
 
 
@@ -274,6 +278,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_content(self, content: bytes, status: int, headers: dict):
         self.request_entry.status = status
+        if self.fault:
+            headers, content = {**headers, **self.fault.headers}, content[: self.fault.cut]
         self.send_response(status)
         for key, value in headers.items():
             if value is not None:

@@ -35,12 +35,12 @@ def test_size_is_the_budget_of_native_images():
 
 @pytest.mark.parametrize("side", [0, -64, 32, 100])
 def test_size_that_cells_do_not_fill_is_refused(side):
-    with pytest.raises(ValueError, match=rf"image_size={side}; expected a multiple of 64"):
+    with pytest.raises(ValueError, match=rf"image_size={side}; .* 64"):
         set_image_size(ConvLlavaImageProcessor(), side)
 
 
 def test_images_of_fixed_size_are_refused():
-    with pytest.raises(ValueError, match="image_size=448 is not supported by CLIPImageProcessor"):
+    with pytest.raises(ValueError, match="image_size=448 .*CLIPImageProcessor"):
         set_image_size(CLIPImageProcessor(), 448)
-    with pytest.raises(ValueError, match="max_image_tokens=9 is not supported by CLIPImageProcessor"):
+    with pytest.raises(ValueError, match="max_image_tokens=9 .*CLIPImageProcessor"):
         limit_image_tokens(CLIPImageProcessor(), 9)

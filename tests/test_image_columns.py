@@ -65,7 +65,7 @@ def test_columns_that_convert_stay_as_they_are():
 
 
 def test_other_columns_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"the column 'images' holds Value\('int64'\); expected images or lists"):
+    with pytest.raises(ValueError, match=r"'images' .*Value\('int64'\)"):
         undecode_images(Dataset.from_list([{"images": 3}]))
 
 

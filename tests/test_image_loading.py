@@ -218,7 +218,7 @@ def test_extreme_sides_are_shrunk():
         (encode(Image.effect_noise((64, 64), 90), "JPEG")[:900], "cannot be decoded .*truncated"),
         (encode(Image.effect_noise((64, 64), 90))[:900], "cannot be decoded"),
         (write_png(50_000, 50_000, 8, 2), "decompression bomb"),
-        (encode(Image.new("1", (10_000, 10_000))), "10000x10000 pixels are more than the limit of 89478485"),
+        (encode(Image.new("1", (10_000, 10_000))), "10000x10000 .*89478485"),
         (make_deep([-5, 20], "I", "TIFF"), "pixel values from -5 to 20"),
         (make_deep([0, 1 << 20], "I", "TIFF"), "pixel values from 0 to 1048576"),
         (make_deep([0, float("nan")], "F", "TIFF"), "pixel values from nan"),
@@ -256,9 +256,9 @@ def test_other_sources_are_refused_by_name(source, message):
 def test_pillows_limit_is_the_users_to_change(monkeypatch):
     data = encode(Image.new("RGB", (4, 4)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
-    with pytest.raises(ImageError, match="4x4 pixels are more than the limit of 15"):
+    with pytest.raises(ImageError, match="4x4 .*15"):
         load_image(data)
-    with pytest.raises(ImageError, match="4x4 pixels are more than the limit of 15"):
+    with pytest.raises(ImageError, match="4x4 .*15"):
         load_image(Image.new("RGB", (4, 4)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert load_image(data).size == (4, 4)
@@ -317,15 +317,15 @@ def test_urls_are_fetched(server, photo):
 
 
 def test_what_a_server_cannot_give_is_refused_by_name(server, monkeypatch):
-    with pytest.raises(ImageError, match="/missing.png: HTTP status 404"):
+    with pytest.raises(ImageError, match="/missing.png: .*404"):
         load_image(server + "/missing.png")
     with pytest.raises(ImageError, match="/page: not an image"):
         load_image(server + "/page")
-    with pytest.raises(ImageError, match="/slow: the download took longer than 0.2 seconds"):
+    with pytest.raises(ImageError, match="/slow: .*0.2 s"):
         load_image(server + "/slow", timeout=0.2)
     for path in ("/redirects", "/drips"):  # each step of them is quick
         started = time.monotonic()
-        with pytest.raises(ImageError, match=f"{path}: the download took longer than 0.3 seconds"):
+        with pytest.raises(ImageError, match=f"{path}: .*0.3 s"):
             load_image(server + path, timeout=0.3)
         assert time.monotonic() - started < 3
     with pytest.raises(ImageError, match="127.0.0.1:9/x.png: cannot be fetched"):
@@ -375,5 +375,5 @@ def test_image_processors_can_draft_photos(backend, aspect_ratio, gradient):
 
 
 def test_only_image_processors_that_tell_their_sizes_can_draft_photos():
-    with pytest.raises(ValueError, match="draft_photos=True is not supported by CLIPImageProcessor"):
+    with pytest.raises(ValueError, match="draft_photos=True .*CLIPImageProcessor"):
         images.get_draft(CLIPImageProcessor(), draft_photos=True)

@@ -7,8 +7,6 @@ FOLDERS = {
     "recipe": Path(__file__).with_name("training") / "recipes",
     "mixture": Path(__file__).with_name("data") / "mixtures",
 }
-
-
 # What the originals, and the papers' tables, call formats that are the same.
 CHAT_TEMPLATE_ALIASES = {"v0": "llava_v0", "v1": "vicuna_v1", "stablelm": "phi", "mistral": "mistral_instruct"}
 CHAT_TEMPLATES = Path(__file__).with_name("chat_templates")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_checkpoint import build_tokenizer
 
-from convllava_hf.checkpoints.reading import CheckpointReader, open_pickle, read_json
+from convllava_hf.checkpoints.reading import CheckpointReader, open_pickle, read_json, read_tensors
 from convllava_hf.checkpoints.shapes import check_counts, find_relabelled, read_header
 from convllava_hf.checkpoints.templates import render_chat_template
 from convllava_hf.checkpoints.weight_maps import ConversionError
@@ -20,7 +20,7 @@ def test_tensors_that_repeat_themselves_are_refused(tmp_path):
         open_pickle(tmp_path / "a.bin")
     shared = torch.zeros(10_000)
     torch.save({str(number): shared for number in range(1000)}, tmp_path / "b.bin")
-    with pytest.raises(ConversionError, match="the same numbers under many names"):
+    with pytest.raises(ConversionError, match=r"b\.bin"):
         open_pickle(tmp_path / "b.bin")
     torch.save({"embeddings": shared, "tied": shared}, tmp_path / "c.bin")
     assert len(open_pickle(tmp_path / "c.bin")) == 2
@@ -31,7 +31,7 @@ def test_compressed_pickles_are_not_unpacked(tmp_path):
         archive.writestr("archive/data.pkl", b"\x80\x02}" + bytes(50_000_000))
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 100_000
     for read in (CheckpointReader, lambda folder: read_header(open(folder / "pytorch_model.bin", "rb"), "a.bin")):
-        with pytest.raises(ConversionError, match="compressed, which torch.save does not do"):
+        with pytest.raises(ConversionError, match=r"data\.pkl"):
             read(tmp_path)
 
 
@@ -45,18 +45,18 @@ def test_pipes_are_no_files(tmp_path):
     """Reading one would wait for ever."""
     for name in ("model.safetensors", "config.json", "mm_projector.bin"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(ConversionError, match="has no weights"):
+    with pytest.raises(ConversionError, match="model.safetensors"):
         CheckpointReader(tmp_path)
-    with pytest.raises(ConversionError, match="config.json is missing"):
+    with pytest.raises(ConversionError, match="config.json"):
         read_json(tmp_path / "config.json")
-    with pytest.raises(ConversionError, match="is no file"):
-        open_pickle(tmp_path / "mm_projector.bin")
+    with pytest.raises(ConversionError, match="mm_projector.bin"):
+        read_tensors(tmp_path / "mm_projector.bin")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
 def test_nested_json_is_one_line(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ConversionError, match="not valid JSON"):
+    with pytest.raises(ConversionError, match="x.json"):
         read_json(tmp_path / "x.json")
 
 
@@ -65,7 +65,7 @@ def test_an_index_names_files_beside_it(tmp_path, index):
     import json
 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    with pytest.raises(ConversionError, match="name of a file|one beside it"):
+    with pytest.raises(ConversionError, match="model.safetensors.index.json"):
         CheckpointReader(tmp_path)
 
 
@@ -75,7 +75,7 @@ def test_a_configuration_of_more_layers_than_tensors_is_refused():
         {"vision_config": {"depths": [3, 10**6]}},
         {"text_config": {"n_layers": 10**6}},
     ):
-        with pytest.raises(ConversionError, match="1000000.*expected at most 400"):
+        with pytest.raises(ConversionError, match="1000000.*400"):
             check_counts(config, 400)
     check_counts({"num_hidden_layers": 80, "depths": [3, 3, 27]}, 400)
 

@@ -16,9 +16,9 @@ from convllava_hf.checkpoints.cards import (
     build_folder_card,
     build_release_card,
     fill_repo_id,
-    has_trainer_card,
     list_image_tokens,
     read_facts,
+    read_trainer_card,
 )
 from convllava_hf.conversion.convert import convert_checkpoint
 
@@ -180,12 +180,12 @@ def test_the_card_of_a_trainer_gives_way_but_for_what_it_says_about_the_training
     trained = "## How it was trained\n\n| | |\n|---|---|\n| recipe | convllava_stage3 |\n"
     metadata = "tags: [generated_from_trainer, trl]\nlicence: license\ndatasets: me/mine\nbase_model: me/base"
     (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Model Card\n\nOther.\n\n{trained}")
-    assert has_trainer_card(folder)
+    assert read_trainer_card(folder)
     card = build_folder_card(folder)
     assert validate_card(card) == ([], [])
     data = ModelCard(card).data
     assert data.pipeline_tag == "image-text-to-text" and data.datasets == ["me/mine"] and data.base_model == ["me/base"]
     assert "| recipe | convllava_stage3 |" in card and "## Training" in card and "Other." not in card
     (folder / "README.md").write_text('# Mine\n\nmodel_id = "a"\n')
-    assert not has_trainer_card(folder)
+    assert read_trainer_card(folder) is None
     assert fill_repo_id((folder / "README.md").read_text(), "someone/tiny") == '# Mine\n\nmodel_id = "a"\n'

@@ -1,5 +1,6 @@
 """Where results are put: only what this package made is replaced, and what a killed run leaves is named."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_force_refuses_what_others_made_or_changed_by_name(made, name):
     else:
         path.write_text("years of work")
     before = sorted(made.rglob("*"))
-    with pytest.raises(ConversionError, match=rf"\({name}\), so --force"):
+    with pytest.raises(ConversionError, match=rf"\({name}\).*--force"):
         replace(made)
     assert sorted(made.rglob("*")) == before and [path.name for path in made.parent.iterdir()] == ["model"]
 
@@ -56,12 +57,12 @@ def test_force_refuses_what_others_made_or_changed_by_name(made, name):
 @pytest.mark.parametrize("manifest", [None, "[", "[]", '{"files": 1}', '{"files": {"config.json": 1}}', "[" * 10**5])
 def test_folders_without_a_manifest_are_never_replaced(made, manifest):
     (made / MANIFEST).unlink() if manifest is None else (made / MANIFEST).write_text(manifest)
-    with pytest.raises(ConversionError, match="did not make"):
+    with pytest.raises(ConversionError, match="config.json"):
         replace(made)
 
 
 def test_what_appears_during_the_work_is_kept(tmp_path):
-    with pytest.raises(ConversionError, match="exists"), stage_output(tmp_path / "model", 0, False):
+    with pytest.raises(ConversionError, match="--force"), stage_output(tmp_path / "model", 0, False):
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "mine").write_text("x")
     assert (tmp_path / "model" / "mine").read_text() == "x"
@@ -82,16 +83,16 @@ def test_a_kill_while_a_model_is_replaced_is_mentioned_and_loses_nothing(made, c
     assert [str(old) in record.getMessage() and way in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
-    (tmp_path / "disk").mkdir()
-    with pytest.raises(ConversionError, match="disk is a mount point"):
-        check_output(tmp_path / "disk", False)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_mount_point_is_refused_before_any_work(force):
+    """The root of the file system is one everywhere; `test_full_disk` mounts another."""
+    with pytest.raises(ConversionError, match="^/ "):
+        check_output(Path("/"), force)
 
 
 def test_a_place_that_takes_no_files_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConversionError, match="file is no folder that takes files"):
+    with pytest.raises(ConversionError, match="file .*--output"):
         check_output(tmp_path / "file" / "model", False)
 
 
@@ -100,7 +101,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(ConversionError, match="projector.bin failed: File too large"):
+        with pytest.raises(ConversionError, match=f"projector.bin .*{os.strerror(errno.EFBIG)}"):
             with stage_file(tmp_path / "projector.bin") as staging:
                 staging.write_bytes(bytes(10_000))
     finally:

@@ -28,6 +28,7 @@ COMMANDS = {
     "insert-projector": ["insert-projector", "{evil}", "--projector", "{projector}", "--output", "{out}"],
     "init": ["init", "--vision", "{tower}", "--text", "{evil}", "--output", "{out}"],
     "export": ["export", "{evil}", "--to", "onnx", "--output", "{out}"],
+    "push": ["push", "{evil}", "someone/evil", "--dry-run"],
     "train": ["train", "tiny_cpu_stage1", "--model_name_or_path", "{evil}", "--dataset_name", "{data}"],
 }
 COMMANDS["train"] += ["--output_dir", "{out}"]

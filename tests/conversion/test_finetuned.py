@@ -87,7 +87,7 @@ def test_a_lora_on_its_base_is_what_the_merged_checkpoint_is(original, trained_p
     lora, merged = save_lora(tmp_path / "lora", original, trained_projector)
     vicuna = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
     base = save_original(tmp_path / "vicuna", folder, vicuna, architectures=["LlamaForCausalLM"])
-    with pytest.raises(ConversionError, match="Pass --base"):
+    with pytest.raises(ConversionError, match="--base"):
         convert_checkpoint(lora, tmp_path / "done", vision_tower=tower)
     report = convert_checkpoint(lora, tmp_path / "done", vision_tower=tower, base=base)
     expected = save_original(tmp_path / "merged", folder, merged)
@@ -118,7 +118,7 @@ def test_a_lora_kept_as_an_adapter_merges_to_the_same(original, convert_family, 
     for name, tensor in merged.state_dict().items():
         # float16 of the base is rounded to once where factors are merged into it.
         torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=0, msg=name)
-    with pytest.raises(ConversionError, match="no converted checkpoint"):
+    with pytest.raises(ConversionError, match="--keep-adapter"):
         convert_checkpoint(lora, tmp_path / "no", base=original[0], keep_adapter=True)
 
 
@@ -155,7 +155,7 @@ def test_a_base_that_does_not_fit_is_refused(original, tmp_path):
     lora, _ = save_lora(tmp_path / "lora", original, {"model.mm_projector.0.weight": torch.zeros(7, 7)})
     with pytest.raises(ConversionError, match=r"\(7, 7\); the base model has \(64, 32\)"):
         convert_checkpoint(lora, tmp_path / "done", vision_tower=original[1], base=original[0])
-    with pytest.raises(ConversionError, match="takes no --base"):
+    with pytest.raises(ConversionError, match="--base"):
         convert_checkpoint(original[0], tmp_path / "done", vision_tower=original[1], base=original[0])
 
 

@@ -182,7 +182,7 @@ def test_fit_to_corner():
 def test_deltas_are_not_taken_for_models(tmp_path):
     delta = REFERENCE / "llava_v0_delta" / "delta"
     tower = next(path.parent for path in (REFERENCE / "llava_v0_delta").glob("*/preprocessor_config.json"))
-    with pytest.raises(ConversionError, match="delta holds a delta.*apply-delta"):
+    with pytest.raises(ConversionError, match="'model.norm.weight'.*apply-delta"):
         convert_checkpoint(delta, tmp_path / "out", vision_tower=tower)
     assert not (tmp_path / "out").exists()
 
@@ -354,7 +354,7 @@ BAD_INPUT = {
     "anyres": (set_config(image_aspect_ratio="anyres"), "mm_patch_merge_type|image_grid_pinpoints"),
     "merging": (set_config(mm_patch_merge_type="spatial_unpad"), "mm_patch_merge_type = 'spatial_unpad'; expected"),
     "layer": (set_config(mm_vision_select_layer=-1), "mm_vision_select_layer = -1; expected -2"),
-    "width": (set_config(mm_hidden_size=1024), "mm_hidden_size = 1024; expected 32 with the tower tower"),
+    "width": (set_config(mm_hidden_size=1024), "mm_hidden_size = 1024; expected 32.*tower"),
     "tied": (set_config(tie_word_embeddings=True), "tie_word_embeddings = True; expected False"),
     "layers": (set_config(num_hidden_layers=1), r"'model\.layers\.1\.\S+', for which the model of its config\.json"),
     "linear projector": (set_config(mm_projector_type="linear"), "a projector of 2 linear layers; expected 1, as its"),
@@ -391,7 +391,7 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(parts, damage, message)
 
 def test_converted_checkpoints_are_not_converted_again(parts):
     convert(parts)
-    with pytest.raises(ConversionError, match=r"converted already \(its model_type is 'llava'\)"):
+    with pytest.raises(ConversionError, match="'llava'"):
         convert_checkpoint(parts / "output", parts / "again")
 
 

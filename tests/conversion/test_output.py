@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from convllava_hf.conversion.convert import convert_checkpoint
 def test_existing_output_is_kept_without_force(released, tmp_path):
     output = tmp_path / "model"
     first = convert_checkpoint(released / "llm", output, vision_tower=released / "vision")
-    with pytest.raises(ConversionError, match="model exists.*--force"):
+    with pytest.raises(ConversionError, match="model .*--force"):
         convert_checkpoint(released / "llm", output, vision_tower=released / "vision")
     before = (output / "model.safetensors").stat().st_ino
 
@@ -55,7 +56,7 @@ def test_force_never_deletes_what_is_no_model(released, tmp_path):
 def test_source_is_never_replaced(broken):
     (broken / "config.json").write_text("{}")
     for output in (broken / "llm", broken / "vision", broken):
-        with pytest.raises(ConversionError, match="source as well|did not make"):
+        with pytest.raises(ConversionError, match=re.escape(str(output))):
             convert_checkpoint(broken / "llm", output, vision_tower=broken / "vision", force=True)
     assert (broken / "llm" / "tokenizer.model").exists()
 
@@ -132,6 +133,13 @@ for options in ("size=8m", "size=64m,nr_inodes=4", "size=64m,nr_inodes=10", "siz
         print("REFUSED", options, len(error.__cause__.args) if error.__cause__ else None, error)
     print("LEFT", os.listdir(mount))
     subprocess.run(["umount", mount], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mount], check=True)
+for force in (False, True):
+    try:
+        with stage_output(mount, 0, force=force):
+            print("WORKED")
+    except ConversionError as error:
+        print("MOUNT POINT", error)
 """
 
 
@@ -144,7 +152,8 @@ def test_full_disk(tmp_path):
         [*unshare, sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    *lines, first, second = done.stdout.splitlines()
+    assert first == second and first.startswith(f"MOUNT POINT {tmp_path} is a mount point"), done.stdout
     assert [line.split()[0] for line in lines] == ["REFUSED", "LEFT"] * 4, done.stdout
     assert set(lines[1::2]) == {"LEFT []"}
     assert "0.01 GB free; expected 0.03 GB" in lines[0]
@@ -163,7 +172,7 @@ def test_disk_that_forgets_is_noticed(released, tmp_path, monkeypatch):
         return files
 
     monkeypatch.setattr("convllava_hf.conversion.writer.write_checkpoint", write_and_flip)
-    with pytest.raises(ConversionError, match="reads back differently"):
+    with pytest.raises(ConversionError, match="model.safetensors"):
         convert_checkpoint(released / "vision", tmp_path / "tower")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,8 @@
 """Adapters merged, projectors taken out and put in, in both directions and without losing a bit."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -10,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -18,11 +19,6 @@ from convllava_hf.checkpoints.staging import MANIFEST
 from convllava_hf.checkpoints.weight_maps import ConversionError
 from convllava_hf.cli.app import app
 from convllava_hf.conversion.parts import extract_projector, insert_projector, merge_adapter, read_projector
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
@@ -63,12 +59,12 @@ def test_merged_adapter_is_the_sum(checkpoint, adapter, tmp_path):
 
 
 def test_merging_what_is_no_adapter(checkpoint, adapter, tmp_path):
-    with pytest.raises(ConversionError, match="has no adapter_config.json; expected the folder of a PEFT adapter"):
+    with pytest.raises(ConversionError, match="adapter_config.json"):
         merge_adapter(checkpoint, tmp_path / "merged")
     folder, _ = adapter
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
-    with pytest.raises(ConversionError, match="names no base model; name it with --base"):
+    with pytest.raises(ConversionError, match="--base"):
         merge_adapter(folder, tmp_path / "merged")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").touch()
@@ -130,18 +126,18 @@ def test_one_layer_stored_as_two_travels_as_one(convert_family, tmp_path):
 def test_projectors_that_do_not_fit(checkpoint, other_projector, tmp_path):
     path, weights = other_projector
     save_file({"multi_modal_projector.linear_1.weight": weights["linear_1.weight"]}, tmp_path / "part.safetensors")
-    with pytest.raises(ConversionError, match="holds linear_1.weight; expected linear_1.bias, linear_1.weight"):
+    with pytest.raises(ConversionError, match="linear_1.weight; .*linear_1.bias, linear_1.weight"):
         insert_projector(checkpoint, tmp_path / "part.safetensors", tmp_path / "out")
     wide = {f"multi_modal_projector.{name}": torch.zeros(7, *t.shape[1:]) for name, t in weights.items()}
     save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(ConversionError, match=r"has shape \(7.*; expected \("):
+    with pytest.raises(ConversionError, match=r"\(7,.*\("):
         insert_projector(checkpoint, tmp_path / "wide.safetensors", tmp_path / "out")
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
-    with pytest.raises(ConversionError, match="holds no projector"):
+    with pytest.raises(ConversionError, match="multi_modal_projector.linear_1.weight"):
         read_projector(tmp_path / "none.safetensors")
-    with pytest.raises(ConversionError, match="ends in '.pt'"):
+    with pytest.raises(ConversionError, match="'.pt'"):
         extract_projector(checkpoint, tmp_path / "x.pt")
-    with pytest.raises(ConversionError, match="exists; choose another --output"):
+    with pytest.raises(ConversionError, match="--output"):
         extract_projector(checkpoint, path)
     assert not (tmp_path / "out").exists()
 
@@ -160,7 +156,7 @@ def test_projector_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp
         signal.signal(signal.SIGXFSZ, handler)
     assert done.exit_code == 3 and done.stdout == "", done.output
     assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: writing {tmp_path / name} failed: ")
-    assert "Nothing was left there; choose another --output." in done.stderr
+    assert os.strerror(errno.EFBIG) in done.stderr or os.strerror(errno.EIO) in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,7 +166,7 @@ def test_projectors_do_not_go_into_a_base_that_is_not_finite(checkpoint, other_p
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"][3, 1] = value
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConversionError, match="'lm_head.weight' of .*base holds values that are not finite"):
+    with pytest.raises(ConversionError, match="'lm_head.weight' of .*base"):
         insert_projector(base, other_projector[0], tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 

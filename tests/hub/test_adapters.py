@@ -94,7 +94,7 @@ def test_doctor_compares_an_adapter_with_its_base(adapter):
 
 
 def test_a_pushed_adapter_names_its_base_its_data_and_runs(hub, adapter, base, tmp_path, monkeypatch):
-    with pytest.raises(HubError, match="which others cannot load; push it first, and name it with --base"):
+    with pytest.raises(HubError, match="adapter_config.json.*--base"):
         push_checkpoint(adapter, "someone/adapter")
     assert not hub.uploaded()
     push_checkpoint(base, "someone/base")
@@ -201,26 +201,26 @@ def test_adapters_and_whole_models_do_not_share_a_repository(hub, adapter, base)
 def test_inserting_a_projector_is_strict(base, tmp_path):
     projector = extract_projector(base, tmp_path / "p.safetensors")
     weights = load_file(projector)
-    for value, dtype, problem in ((float("nan"), torch.float32, "not finite"), (1e30, torch.float16, "not finite")):
+    for value, dtype in ((float("nan"), torch.float32), (1e30, torch.float16)):
         save_file({name: tensor * 0 + value for name, tensor in weights.items()}, tmp_path / "bad.safetensors")
         into = base if dtype == torch.float32 else save_tiny_checkpoint(tmp_path / "half", dtype)
-        with pytest.raises(ConversionError, match=problem):
+        with pytest.raises(ConversionError, match="linear_1.* of .*bad.safetensors"):
             insert_projector(into, tmp_path / "bad.safetensors", tmp_path / "out")
     broken = Path(shutil.copytree(base, tmp_path / "broken"))
     stored = load_file(broken / "model.safetensors")
     stored.pop("model.language_model.layers.1.mlp.up_proj.weight")
     save_file(stored, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConversionError, match="is not whole: 1 tensor.* are missing"):
+    with pytest.raises(ConversionError, match="layers.1.mlp.up_proj.weight"):
         insert_projector(broken, projector, tmp_path / "out")
     (tmp_path / "bad.bin").write_bytes(b"PK\x03\x04 no zip")
-    with pytest.raises(ConversionError, match="bad.bin .*truncated or damaged"):
+    with pytest.raises(ConversionError, match="bad.bin"):
         insert_projector(base, tmp_path / "bad.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_force_replaces_projectors_only(base, tmp_path):
     (tmp_path / "notes.bin").write_text("years of work")
-    with pytest.raises(ConversionError, match="zip format"):
+    with pytest.raises(ConversionError, match="notes.bin"):
         extract_projector(base, tmp_path / "notes.bin", force=True)
     assert (tmp_path / "notes.bin").read_text() == "years of work"
     extract_projector(base, tmp_path / "p.bin")

@@ -27,16 +27,6 @@ from convllava_hf.registration import register
 REPO = "someone/tiny"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    return Path(shutil.copytree(checkpoint, tmp_path / "tiny"))
-
-
 def find_problems(folder: Path) -> dict[str, str]:
     return {check.name: check.problem for check in check_checkpoint(folder) if check.problem}
 
@@ -108,7 +98,7 @@ def test_everything_that_is_sent_is_searched(hub, checkpoint, tmp_path):
     for put in (put_text, put_model, put_image, put_name):
         folder = Path(shutil.copytree(checkpoint, tmp_path / put.__name__))
         put(folder)
-        with pytest.raises(HubError, match="holds a Hugging Face token; nothing was sent") as raised:
+        with pytest.raises(HubError, match="Hugging Face") as raised:
             push_checkpoint(folder, REPO)
         assert READ_TOKEN not in str(raised.value)
     assert not hub.requests
@@ -117,7 +107,7 @@ def test_everything_that_is_sent_is_searched(hub, checkpoint, tmp_path):
 def test_links_out_of_the_folder_are_not_followed(hub, copy, tmp_path):
     (tmp_path / "private.txt").write_text("mine")
     (copy / "notes.txt").symlink_to(tmp_path / "private.txt")
-    with pytest.raises(HubError, match="notes.txt is a link to .*private.txt"):
+    with pytest.raises(HubError, match="notes.txt .*private.txt"):
         push_checkpoint(copy, REPO)
     assert not hub.requests
     (copy / "notes.txt").unlink()
@@ -129,13 +119,13 @@ def test_a_folder_named_snapshots_opens_nothing_but_blobs(hub, checkpoint, tmp_p
     folder = Path(shutil.copytree(checkpoint, tmp_path / "home" / "snapshots" / "model"))
     (tmp_path / "home" / "private.txt").write_text("mine")
     (folder / "notes.txt").symlink_to("../../private.txt")
-    with pytest.raises(HubError, match="notes.txt is a link to .*private.txt"):
+    with pytest.raises(HubError, match="notes.txt .*private.txt"):
         push_checkpoint(folder, REPO)
     (folder / "notes.txt").unlink()
     (folder.parent / "other").mkdir()
     (folder.parent / "other" / "a.txt").write_text("of another model")
     (folder / "notes.txt").symlink_to("../other/a.txt")
-    with pytest.raises(HubError, match="notes.txt is a link to .*other"):
+    with pytest.raises(HubError, match="notes.txt .*other"):
         push_checkpoint(folder, REPO)
     assert not hub.requests
 
@@ -187,7 +177,7 @@ def test_weights_that_are_not_finite_are_named(copy):
     register()
     edit_weights(copy, lambda weights: weights["lm_head.weight"][3].fill_(float("nan")))
     assert "lm_head.weight" in find_problems(copy)["values are finite"]
-    with pytest.raises(ValueError, match=r"lm_head\.weight holds values that are not finite"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load(copy, device="cpu")
 
 
@@ -235,7 +225,7 @@ def test_doctor_bounds_templates(copy):
 def test_pipes_as_weights_are_not_read(copy):
     (copy / "model.safetensors").unlink()
     os.mkfifo(copy / "model.safetensors")
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(ValueError, match="model.safetensors"):
         describe_checkpoint(copy)
     assert "has no weights" in find_problems(copy)["weight files are whole"]
 
@@ -244,14 +234,14 @@ def test_damaged_weights_are_one_line_when_a_model_is_loaded(copy):
     register()
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(OSError, match="cannot be read") as raised:
+    with pytest.raises(OSError, match=re.escape(str(copy))) as raised:
         load(copy, device="cpu")
     assert "\n" not in str(raised.value)
 
 
 def test_a_model_that_a_killed_run_took_away_is_mentioned(copy):
     copy.rename(copy.with_name(".tiny.replaced-0123"))
-    with pytest.raises(FileNotFoundError, match=r"\.tiny\.replaced-0123 was there"):
+    with pytest.raises(FileNotFoundError, match=r"\.tiny\.replaced-0123"):
         load(copy)
 
 
@@ -260,7 +250,7 @@ def test_a_model_that_a_killed_run_took_away_is_mentioned(copy):
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", "a//b", "./x", "a\0b"])
 def test_names_that_lead_out_of_a_repository_are_refused(name):
-    with pytest.raises(HubError, match="no name inside a repository"):
+    with pytest.raises(HubError, match=re.escape(repr(name))):
         check_names(["config.json", name])
     check_names(["config.json", "a/b.c", "..a", ".gitattributes"])
 
@@ -313,7 +303,7 @@ def test_a_write_token_is_not_sent_where_the_endpoint_points(hub, checkpoint, mo
         answer(self, body, *rest, **more)
 
     monkeypatch.setattr(Handler, "answer", answer_elsewhere)
-    with pytest.raises(HubError, match="asked to send the token to localhost; it was not sent"):
+    with pytest.raises(HubError, match="token .*localhost"):
         push_checkpoint(checkpoint, REPO)
     assert not [request for request in hub.requests if request.path.startswith("/stolen")]
     assert any(request.method == "PUT" for request in hub.requests)

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from convllava_hf.checkpoints.reading import CheckpointReader
 from convllava_hf.checkpoints.weight_maps import ConversionError
 from convllava_hf.cli.app import app
-from convllava_hf.conversion.convert import convert_checkpoint
 from convllava_hf.hub.client import HubError
 from convllava_hf.hub.doctor import check_checkpoint
 from convllava_hf.hub.info import describe_checkpoint
@@ -27,21 +26,8 @@ from convllava_hf.inference.load import UNQUANTIZED_MODULES
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llava(reference, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llava") / "llava"
-    tower = reference / "llava_v1_5" / "clip-vit-tiny-patch14-56"
-    convert_checkpoint(reference / "llava_v1_5" / "model", folder, vision_tower=tower)
-    return folder
-
-
-@pytest.fixture
-def copy(tiny, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+def llava(convert_family) -> Path:
+    return convert_family("llava_v1_5")
 
 
 def count(folder: Path) -> int:
@@ -52,7 +38,7 @@ def count(folder: Path) -> int:
 @pytest.mark.parametrize("after", ["first rename", "second rename"])
 def test_a_model_that_a_killed_run_left_beside_its_place_is_named(copy, caplog, command, after):
     """As a kill in the middle of `--force` leaves it: the first rename takes the old model away."""
-    old = copy.with_name(f".copy.replaced-{command}")
+    old = copy.with_name(f".tiny.replaced-{command}")
     copy.rename(old)
     if after == "second rename":
         shutil.copytree(old, copy)
@@ -69,16 +55,16 @@ def test_a_model_that_a_killed_run_left_beside_its_place_is_named(copy, caplog, 
 # ---- info
 
 
-def test_info_of_a_convllava(tiny):
-    info = describe_checkpoint(tiny)
+def test_info_of_a_convllava(checkpoint):
+    info = describe_checkpoint(checkpoint)
     assert list(info.parts) == ["vision tower", "projector", "language model"]
-    assert sum(info.parts.values()) == count(tiny)
-    assert info.tensors == len(CheckpointReader(tiny).tensors)
+    assert sum(info.parts.values()) == count(checkpoint)
+    assert info.tensors == len(CheckpointReader(checkpoint).tensors)
     assert (768, 768, 144) in info.image_tokens
     assert info.chat_template == "chatml" and set(info.code.values()) == {"same"}
-    assert info.memory["float32"] == 4 * count(tiny) and info.memory["bfloat16"] == 2 * count(tiny)
+    assert info.memory["float32"] == 4 * count(checkpoint) and info.memory["bfloat16"] == 2 * count(checkpoint)
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # what bitsandbytes quantises: the layers of the language model
-    assert info.memory["8-bit"] == 2 * count(tiny) - linear
+    assert info.memory["8-bit"] == 2 * count(checkpoint) - linear
     assert info.memory["bfloat16"] > info.memory["8-bit"] > info.memory["4-bit"]
     text = info.summary()
     assert "768x768: 144 tokens" in text and "equal to the installed version" in text and "not recorded" in text
@@ -97,10 +83,10 @@ def test_info_of_conversions_and_originals(converted, llava, reference):
 
 
 @pytest.mark.parametrize("name", ["tiny", "original"])
-def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatch):
+def test_info_of_the_hub_reads_no_weights(hub, checkpoint, reference, name, monkeypatch):
     import huggingface_hub
 
-    folder = tiny if name == "tiny" else reference / "convllava" / "llm"
+    folder = checkpoint if name == "tiny" else reference / "convllava" / "llm"
     huggingface_hub.HfApi().create_repo("someone/model")
     huggingface_hub.HfApi().upload_folder(repo_id="someone/model", folder_path=folder)
     hub.requests.clear()
@@ -121,14 +107,14 @@ def test_info_of_the_hub_reads_no_weights(hub, tiny, reference, name, monkeypatc
     assert offline == here
 
 
-def quantise(tiny, folder, **settings):
+def quantise(checkpoint, folder, **settings):
     config = BitsAndBytesConfig(
         **settings,
         bnb_4bit_quant_type="nf4",  # bitsandbytes' oldest supported version has no other on a CPU
         llm_int8_skip_modules=UNQUANTIZED_MODULES,
     )
-    AutoModelForImageTextToText.from_pretrained(tiny, quantization_config=config).save_pretrained(folder)
-    AutoProcessor.from_pretrained(tiny).save_pretrained(folder)
+    AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +126,10 @@ def quantise(tiny, folder, **settings):
         {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},  # as FSDP needs it
     ],
 )
-def test_quantised_checkpoints(settings, tiny, tmp_path):
+def test_quantised_checkpoints(settings, checkpoint, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the extra 'quantization'")
-    quantise(tiny, tmp_path, **settings)
-    info, full = describe_checkpoint(tmp_path), describe_checkpoint(tiny)
+    quantise(checkpoint, tmp_path, **settings)
+    info, full = describe_checkpoint(tmp_path), describe_checkpoint(checkpoint)
     assert info.quantization == "bitsandbytes" and full.quantization is None
     assert (info.parts, info.memory) == (full.parts, full.memory)
     assert 0 < (tmp_path / "model.safetensors").stat().st_size - info.stored_bytes < 2**15
@@ -157,7 +143,7 @@ def test_quantised_checkpoints(settings, tiny, tmp_path):
     assert name in str([check.problem for check in check_checkpoint(tmp_path)])
 
 
-def test_old_quantised_checkpoints_name_no_method(tiny, copy):
+def test_old_quantised_checkpoints_name_no_method(checkpoint, copy):
     change_config(copy, quantization_config={"load_in_8bit": True})
     assert describe_checkpoint(copy).quantization == "bitsandbytes"
 
@@ -166,17 +152,17 @@ def test_other_quantisations_are_told_and_not_guessed_at(copy):
     change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     info = describe_checkpoint(copy)
     assert info.quantization == "gptq" and not info.memory and "numbers" in info.summary()
-    with pytest.raises(ConversionError, match="is quantised by gptq; expected whole weights, or bitsandbytes"):
+    with pytest.raises(ConversionError, match="gptq.*bitsandbytes"):
         check_checkpoint(copy)
 
 
-def test_eight_bit_floats_are_read(tiny, copy):
+def test_eight_bit_floats_are_read(checkpoint, copy):
     tensors = load_file(copy / "model.safetensors")
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     info = describe_checkpoint(copy)
-    assert info.dtypes["float8_e4m3fn"] == tensors[name].numel() and info.parts == describe_checkpoint(tiny).parts
+    assert info.dtypes["float8_e4m3fn"] == tensors[name].numel() and info.parts == describe_checkpoint(checkpoint).parts
     assert not [check for check in check_checkpoint(copy) if check.problem]
     tensors[name].view(torch.uint8)[0, 0] = 0x7F  # not a number
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
@@ -198,32 +184,32 @@ def test_info_never_runs_a_pickle(tmp_path, reference):
 
 
 def test_info_names_what_is_wrong(copy, tmp_path):
-    with pytest.raises(ConversionError, match="is a folder; revision"):
+    with pytest.raises(ConversionError, match="revision 'main'"):
         describe_checkpoint(copy, revision="main")
     (copy / "model.safetensors").write_bytes(b"12345678901234567890")
-    with pytest.raises(ConversionError, match="header of model.safetensors cannot be read"):
+    with pytest.raises(ConversionError, match="header of model.safetensors"):
         describe_checkpoint(copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ConversionError, match="has no weights"):
+    with pytest.raises(ConversionError, match="expected .*model.safetensors"):
         describe_checkpoint(copy)
-    with pytest.raises(HubError, match="looking at no/such failed"):
+    with pytest.raises(HubError, match="no/such"):
         describe_checkpoint("no/such")
 
 
 # ---- doctor
 
 
-def test_sound_checkpoints_pass(tiny, converted, llava):
-    for folder, number in ((tiny, 11), (converted, 12), (llava, 11)):
+def test_sound_checkpoints_pass(checkpoint, converted, llava):
+    for folder, number in ((checkpoint, 11), (converted, 12), (llava, 11)):
         checks = check_checkpoint(folder)
         assert len(checks) == number and not [check for check in checks if check.problem], checks
 
 
 def test_what_cannot_be_checked_is_named(copy, reference):
-    with pytest.raises(ConversionError, match="original format; convert it first"):
+    with pytest.raises(ConversionError, match="convllava convert"):
         check_checkpoint(reference / "convllava" / "llm")
     change_config(copy, model_type="bert")
-    with pytest.raises(ConversionError, match="type 'bert'; expected one of convllava, llava"):
+    with pytest.raises(ConversionError, match="'bert'.* convllava, llava"):
         check_checkpoint(copy)
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from tiny_checkpoint import save_tiny_checkpoint
 
 
 # Each takes a second or more, and tells nothing about a checkpoint.
@@ -24,11 +23,6 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny"))
-
-
 def list_modules(*commands: list[str]) -> list[set[str]]:
     """What is loaded after each command, in a process of their own."""
     done = subprocess.run([sys.executable, "-c", RUN, json.dumps(commands)], capture_output=True, text=True)
@@ -37,16 +31,16 @@ def list_modules(*commands: list[str]) -> list[set[str]]:
     return [set(modules) for _, modules in ends]
 
 
-def test_info_and_plan_build_no_model(tiny):
-    after_info, after_plan = list_modules(["info", tiny], ["plan", tiny, "--stage", "3"])
+def test_info_and_plan_build_no_model(checkpoint):
+    after_info, after_plan = list_modules(["info", str(checkpoint)], ["plan", str(checkpoint), "--stage", "3"])
     assert "torch" in after_info and not after_plan & (HEAVY | MODELLING)
     trainers = {name for name in after_plan if name.startswith("convllava_hf.training.")}
     assert trainers == {"convllava_hf.training.plans"}
 
 
 @pytest.mark.slow  # imports what it builds
-def test_doctor_loads_the_classes_of_one_model(tiny):
-    (modules,) = list_modules(["doctor", tiny])
+def test_doctor_loads_the_classes_of_one_model(checkpoint):
+    (modules,) = list_modules(["doctor", str(checkpoint)])
     assert MODELLING <= modules and not modules & HEAVY
     assert not {name for name in modules if name.startswith("transformers.models.llava.modeling")}
     assert "transformers.models.timm_wrapper.modeling_timm_wrapper" not in modules

@@ -3,6 +3,7 @@
 The processes that must not have the package, or must be offline, are processes of their own.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ import huggingface_hub
 import pytest
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import constants
-from tiny_checkpoint import save_tiny_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -34,11 +34,6 @@ from convllava_hf.hub.push import push_checkpoint
 REPO = "someone/tiny"
 HUB_FOLDER = Path(sys.modules["convllava_hf"].__file__).parent / "model"
 COMMIT = r"/api/models/.*/commit/.*"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -146,7 +141,7 @@ def test_revisions_can_be_pinned_and_stay_in_the_cache(hub, checkpoint, tmp_path
     assert (pull_checkpoint(REPO) / "later.txt").is_file()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert pull_checkpoint(REPO, revision="v1").name == first
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         pull_checkpoint("someone/other")
 
 
@@ -201,7 +196,7 @@ def test_private_branch_pull_request_and_message(hub, checkpoint, monkeypatch):
     url = push_checkpoint(checkpoint, REPO, create_pr=True).url
     assert url.endswith("/discussions/1") and "model.safetensors" not in hub.list_files(REPO)
     assert pull_checkpoint(REPO, revision="refs/pr/1").is_dir()
-    with pytest.raises(HubError, match="Leave one of them out"):
+    with pytest.raises(HubError, match="--create-pr .*'draft'"):
         push_checkpoint(checkpoint, REPO, create_pr=True, revision="draft")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="HTTP 401.*hf auth login"):
@@ -252,34 +247,26 @@ def test_code_of_others_stays_in_the_repository_unless_asked(hub, checkpoint, tm
     assert len(sent) == count, "what has not changed was prepared for sending"
 
 
-def test_published_code_is_the_packages_own(hub, checkpoint, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    for name, content in read_folder(checkpoint).items():
-        (folder / name).write_bytes(content)
-    (folder / HUB_FILES[0]).unlink()
-    push_checkpoint(folder, REPO)
+def test_published_code_is_the_packages_own(hub, copy):
+    (copy / HUB_FILES[0]).unlink()
+    push_checkpoint(copy, REPO)
     assert {name for name in hub.list_files(REPO) if name.endswith(".py")} == set(HUB_FILES)
     for name in HUB_FILES:
         assert hub.read_file(REPO, name) == (HUB_FOLDER / name).read_bytes()
     before = hub.read_repo(REPO)
     for name in (HUB_FILES[1], "helper.py"):
-        (folder / name).write_text("import os\n")
-        with pytest.raises(HubError, match=f"{name} is not the file of this version"):
-            push_checkpoint(folder, REPO)
-        (folder / name).unlink()
+        (copy / name).write_text("import os\n")
+        with pytest.raises(HubError, match=name):
+            push_checkpoint(copy, REPO)
+        (copy / name).unlink()
     assert hub.read_repo(REPO) == before
 
 
-def test_what_is_no_part_of_a_checkpoint_stays_at_home(hub, checkpoint, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    for name, content in read_folder(checkpoint).items():
-        (folder / name).write_bytes(content)
-    (folder / "checkpoint-2").mkdir()
+def test_what_is_no_part_of_a_checkpoint_stays_at_home(hub, copy):
+    (copy / "checkpoint-2").mkdir()
     for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", ".env", "checkpoint-2/config.json"):
-        (folder / name).write_text("{}")
-    report = push_checkpoint(folder, REPO)
+        (copy / name).write_text("{}")
+    report = push_checkpoint(copy, REPO)
     left_out = [".env", "checkpoint-2/", "optimizer.pt", "trainer_state.json", "training_args.bin"]
     assert report.left_out == left_out and "left out: .env" in report.summary()
     assert not set(left_out) & set(hub.list_files(REPO))
@@ -288,15 +275,15 @@ def test_what_is_no_part_of_a_checkpoint_stays_at_home(hub, checkpoint, tmp_path
 def test_folders_that_are_no_checkpoint_are_refused_before_anything_is_sent(hub, checkpoint, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
-    with pytest.raises(HubError, match="no config.json"):
+    with pytest.raises(HubError, match="config.json"):
         push_checkpoint(folder, REPO)
     (folder / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    with pytest.raises(ConversionError, match="has no weights"):
+    with pytest.raises(ConversionError, match="model.safetensors"):
         push_checkpoint(folder, REPO)
     import torch
 
     torch.save({"a": torch.zeros(2)}, folder / "pytorch_model.bin")
-    with pytest.raises(HubError, match=r"pytorch_model.bin, a pickle; only safetensors"):
+    with pytest.raises(HubError, match=r"pytorch_model.bin"):
         push_checkpoint(folder, REPO)
     assert not hub.requests
 
@@ -304,14 +291,10 @@ def test_folders_that_are_no_checkpoint_are_refused_before_anything_is_sent(hub,
 @pytest.mark.parametrize(
     "metadata", ["license: no such", "model-index:\n- name: tiny", "license: [", "base_model: a b c"]
 )
-def test_cards_that_the_hub_refuses_are_named(hub, checkpoint, tmp_path, metadata):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    for name, content in read_folder(checkpoint).items():
-        (folder / name).write_bytes(content)
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Tiny\n")
+def test_cards_that_the_hub_refuses_are_named(hub, copy, metadata):
+    (copy / "README.md").write_text(f"---\n{metadata}\n---\n# Tiny\n")
     with pytest.raises(HubError, match="README.md") as raised:
-        push_checkpoint(folder, REPO)
+        push_checkpoint(copy, REPO)
     assert "\n" not in str(raised.value)
     assert hub.uploaded() == 0
 
@@ -359,9 +342,9 @@ def test_tokens_are_found_wherever_they_are(hub, checkpoint, tmp_path):
         shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
         shutil.copytree(checkpoint, tmp_path / "tiny")
         (tmp_path / "tiny" / name).write_text(text)
-        with pytest.raises(HubError, match="Hugging Face token|the token that is used"):
+        with pytest.raises(HubError, match=name):
             push_checkpoint(tmp_path / "tiny", REPO)
-    with pytest.raises(HubError, match="message holds a Hugging Face token"):
+    with pytest.raises(HubError, match="message .* Hugging Face token"):
         push_checkpoint(checkpoint, REPO, message=secret)
     assert not hub.uploaded()
 
@@ -467,7 +450,7 @@ def test_what_is_damaged_on_its_way_is_not_kept(hub, checkpoint, tmp_path, to_fo
     push_checkpoint(checkpoint, REPO)
     hub.faults.append(Fault("GET", "/cdn/.*", corrupt=True))
     output = tmp_path / "out" if to_folder else None
-    with pytest.raises(HubError, match="model.safetensors has the hash .*; the Hub lists .*run the same command again"):
+    with pytest.raises(HubError, match="model.safetensors .*[0-9a-f]{64}.*[0-9a-f]{64}"):
         pull_checkpoint(REPO, output)
     assert not (tmp_path / "out").exists()
     assert hash_tensors(pull_checkpoint(REPO, output)) == hash_tensors(checkpoint)
@@ -481,7 +464,7 @@ def test_a_full_disk_on_pull(hub, checkpoint, tmp_path, to_folder):
     # No file may grow beyond this: the small files arrive and a shard does not.
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
-        with pytest.raises((HubError, ConversionError), match="File too large. Free some space") as raised:
+        with pytest.raises((HubError, ConversionError), match=os.strerror(errno.EFBIG)) as raised:
             pull_checkpoint(REPO, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -504,7 +487,7 @@ def test_a_hub_that_fails_on_pull(hub, checkpoint, tmp_path, status, message):
 
 
 def test_names_that_do_not_exist(hub, checkpoint, tmp_path):
-    with pytest.raises(HubError, match="pulling someone/missing failed: HTTP 404"):
+    with pytest.raises(HubError, match="someone/missing .*HTTP 404"):
         pull_checkpoint("someone/missing")
     with pytest.raises(HubError, match="a b c"):
         pull_checkpoint("a b c")
@@ -513,23 +496,22 @@ def test_names_that_do_not_exist(hub, checkpoint, tmp_path):
         pull_checkpoint(REPO, revision="nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    with pytest.raises(ConversionError, match="exists"):
+    with pytest.raises(ConversionError, match="out .*--force"):
         pull_checkpoint(REPO, tmp_path / "out")
 
 
 # ---- tokens
 
 
-def test_tokens_are_neither_printed_nor_written(hub, checkpoint, tmp_path, capfd, caplog):
+def test_tokens_are_neither_printed_nor_written(hub, checkpoint, copy, tmp_path, capfd, caplog):
     caplog.set_level("DEBUG")
     push_checkpoint(checkpoint, REPO, private=True, token=WRITE_TOKEN)
     pull_checkpoint(REPO, tmp_path / "out", token=WRITE_TOKEN)
     pull_checkpoint(REPO)
     hub.faults.append(Fault("POST", COMMIT, status=403))
+    (copy / "more.txt").write_text("more")
     with pytest.raises(HubError) as raised:
-        (checkpoint / "more.txt").write_text("more")
-        push_checkpoint(checkpoint, REPO, token=WRITE_TOKEN)
-    (checkpoint / "more.txt").unlink()
+        push_checkpoint(copy, REPO, token=WRITE_TOKEN)
     printed = "".join(capfd.readouterr()) + caplog.text + str(raised.value)
     assert WRITE_TOKEN not in printed
     for folder in (tmp_path, checkpoint):
@@ -539,14 +521,10 @@ def test_tokens_are_neither_printed_nor_written(hub, checkpoint, tmp_path, capfd
     assert not any("authorization" in r.headers for r in hub.requests if r.path.startswith(("/cdn/", "/lfs/")))
 
 
-def test_files_with_a_token_in_them_are_not_published(hub, checkpoint, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    for name, content in read_folder(checkpoint).items():
-        (folder / name).write_bytes(content)
-    (folder / "notes.txt").write_text(f"export HF_TOKEN={READ_TOKEN}\n")
-    with pytest.raises(HubError, match="notes.txt holds a Hugging Face token") as raised:
-        push_checkpoint(folder, REPO)
+def test_files_with_a_token_in_them_are_not_published(hub, copy):
+    (copy / "notes.txt").write_text(f"export HF_TOKEN={READ_TOKEN}\n")
+    with pytest.raises(HubError, match="notes.txt .*Hugging Face") as raised:
+        push_checkpoint(copy, REPO)
     assert READ_TOKEN not in str(raised.value) and not hub.requests
 
 

@@ -175,11 +175,11 @@ def test_long_strips_are_padded_within_bounds(backend, monkeypatch):
     "kwargs, message",
     [
         ({"image_aspect_ratio": "anyres"}, "'anyres'; expected one of pad, native, squash"),
-        ({"size": {"height": 100, "width": 100}}, "100x100.*multiples of 64"),
-        ({"size": {"height": 128, "width": 256}}, "not square"),
-        ({"size": {"shortest_edge": 128}}, "must give 'height' and 'width'"),
+        ({"size": {"height": 100, "width": 100}}, "100x100.*64"),
+        ({"size": {"height": 128, "width": 256}}, "128.*256"),
+        ({"size": {"shortest_edge": 128}}, "shortest_edge.*128"),
         ({"image_aspect_ratio": "native", "min_image_tokens": 9, "max_image_tokens": 4}, "min_image_tokens=9"),
-        ({"do_resize": False}, "90x300.*multiples of 64"),
+        ({"do_resize": False}, "90x300.*64"),
     ],
 )
 def test_bad_settings_are_refused_by_name(backend, kwargs, message):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, PreTrainedCon
 from .. import __version__
 from ..model.configuration_convllava import ConvLlavaConfig
 from .adapters import is_adapter, read_adapter
+from .architecture import check_source
 from .reading import read_json
 from .weight_maps import ConversionError
 
@@ -171,8 +172,6 @@ def build_release_card(name: str) -> str:
         facts,
         description=facts["about"],
         sources=facts["sources"],
-        license=None,
-        is_tower=False,
         is_convllava=is_convllava,
         image_tokens=tokens,
         provenance=provenance,
@@ -185,12 +184,11 @@ def write_release_cards(folder: str | Path) -> None:
         (Path(folder) / f"{name}.md").write_text(build_release_card(name), encoding="utf-8")
 
 
-def has_trainer_card(folder: Path) -> bool:
-    """Whether the card of a folder is the one that a trainer of transformers or TRL writes."""
+def read_trainer_card(folder: Path) -> ModelCard | None:
+    """The card of a folder, if it is the one that a trainer of transformers or TRL writes."""
     file = folder / "README.md"
-    if not file.is_file():
-        return False
-    return "generated_from_trainer" in (ModelCard.load(file, ignore_metadata_errors=True).data.tags or [])
+    card = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
+    return card if card and "generated_from_trainer" in (card.data.tags or []) else None
 
 
 def read_sources(report: dict) -> list[dict]:
@@ -206,12 +204,9 @@ def read_sources(report: dict) -> list[dict]:
     return whole
 
 
-def read_training(folder: Path) -> str | None:
+def get_training(card: ModelCard) -> str:
     """What the card of a trained model or adapter says about its training."""
-    if not has_trainer_card(folder):
-        return None
-    text = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).text
-    return text.partition("## How it was trained")[2] or text
+    return card.text.partition("## How it was trained")[2] or card.text
 
 
 def split_links(names, folder: Path) -> tuple[list[str], list[str]]:
@@ -255,18 +250,14 @@ def build_folder_card(folder: Path, name: str | None = None) -> str:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             problem = f"{report} is not what convllava-hf writes ({error!r}); delete it, or write a README.md."
             raise ConversionError(problem) from error
-    trained = None
-    if has_trainer_card(folder):
-        trained = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-    facts, local, bases = {}, [], []
-    if trained is not None:
+    facts, bases = {}, []
+    if trained := read_trainer_card(folder):
         data, local = split_links(trained.data.get("datasets"), folder)
         bases, base = split_links(trained.data.get("base_model"), folder)
-        facts["training"] = read_training(folder)
+        facts["training"] = get_training(trained)
         facts |= {"datasets": data} if data else {}
         facts |= {"license": trained.data["license"]} if trained.data.get("license") else {}
-        notes = [f"the data `{name}`" for name in local] + [f"the model `{name}`" for name in base]
-        if notes:
+        if notes := [f"the data `{name}`" for name in local] + [f"the model `{name}`" for name in base]:
             facts["training"] += f"\n\nLocal, so not linked here: {', '.join(notes)}.\n"
     if is_adapter(folder):
         adapter = read_adapter(folder)
@@ -277,22 +268,19 @@ def build_folder_card(folder: Path, name: str | None = None) -> str:
             facts,
             description=f"A PEFT adapter ({adapter.describe()}) of `{base}`.",
             sources=linked,
-            license=None,
-            is_tower=False,
             is_convllava=adapter.is_convllava,
-            image_tokens=None,
             provenance=f"Pushed with convllava-hf {__version__}.",
             base=base,
             processor=None if (folder / "tokenizer_config.json").is_file() else base,
         )
     kind = read_json(folder / "config.json").get("model_type")
+    check_source(folder)
     config = CONFIG_CLASSES[kind].from_pretrained(folder) if kind in CONFIG_CLASSES else None
     return _render(
         name,
         facts,
         description=f"A model of type `{kind}`.",
         sources=bases,
-        license=None,
         is_tower=kind == "convnext",
         is_convllava=kind == "convllava",
         image_tokens=config and list_image_tokens(config),
@@ -306,11 +294,11 @@ def _render(
     *,
     description: str,
     sources: list[str],
-    license: str | None,
-    is_tower: bool,
-    is_convllava: bool,
-    image_tokens: list[tuple[int, int, int]] | None,
     provenance: str,
+    is_convllava: bool,
+    is_tower: bool = False,
+    license: str | None = None,
+    image_tokens: list[tuple[int, int, int]] | None = None,
     base: str | None = None,
     processor: str | None = None,
 ) -> str:

@@ -13,8 +13,6 @@ HUB_FILES = (
     "pixels_convllava.py",
     "processing_convllava.py",
 )
-
-
 HUB_FOLDER = Path(__file__).parents[1] / "model"
 # What an `auto_map` may name, as transformers writes it.
 HUB_CLASSES = {
@@ -25,8 +23,6 @@ HUB_CLASSES = {
     "modeling_convllava.ConvLlavaModel",
     "processing_convllava.ConvLlavaProcessor",
 }
-
-
 # Files of a checkpoint in which `auto_map` names code.
 CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 

@@ -28,8 +28,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
-
-
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -42,22 +40,14 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-
-
 ZIP_START = b"PK\x03\x04"
-
-
 # Bounds for files of strangers: of a JSON file, and of the header of a weight file (safetensors' own).
 JSON_BYTES = 500 * 10**6
 HEADER_BYTES = 100 * 10**6
 NAME_BYTES = 255  # the longest name of a file that systems take
 # Tensors may share memory in a file, as tied weights do. More bytes of tensors than this many files is no checkpoint.
 MAX_SHARING = 8
-
-
 # Mapped pages count as this process's memory until the mapping goes: close the files after reading this much.
 MAPPED_BYTES = 256 * 2**20
 
@@ -69,6 +59,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Such as `"bfloat16"`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_json(path: Path) -> dict:
@@ -100,14 +95,12 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{path} has no 'weight_map'; expected tensor names with file names. Get it again.")
     for tensor, name in index.items():
-        if not isinstance(name, str):
-            raise ConversionError(f"{path} has {name!r} for {tensor!r}; expected the name of a file. Get it again.")
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        is_name = isinstance(name, str) and Path(name).name == name and "\\" not in name and "\0" not in name
+        if not is_name or len(name.encode(errors="replace")) > NAME_BYTES:
             raise ConversionError(
-                f"{path} lists the file {name!r}; expected one beside it. Do not use this checkpoint."
+                f"{path} lists {str(name)[:100]!r} for {tensor[:100]!r}; expected a file beside it. Do not use this "
+                "checkpoint."
             )
-        if len(name.encode(errors="replace")) > NAME_BYTES:
-            raise ConversionError(f"{path} lists a file of {len(name)} characters, {name[:40]!r} and on. Get it again.")
     return index
 
 
@@ -266,8 +259,6 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ConversionError: it is damaged, holds something else than tensors by name, or less than it says it does.
     """
-    if not path.is_file():
-        raise ConversionError(f"{path} is no file; expected weights. Pass another.")
     described = f"{path} ({path.stat().st_size} bytes)"
     with open(path, "rb") as file:
         if file.read(4) != ZIP_START:
@@ -313,6 +304,20 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     if sum(tensor.numel() * tensor.itemsize for tensor in content.values()) > MAX_SHARING * path.stat().st_size:
         raise ConversionError(f"{described} holds the same numbers under many names. Do not use this file.")
     return content
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one weight file by name, mapped into memory.
+
+    Raises:
+        ConversionError: it is no file, or it is damaged.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ConversionError(f"{path} is no file; expected weights. Pass another.")
+    if path.suffix != ".safetensors":
+        return open_pickle(path)
+    file = open_safetensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def hash_file(path: Path, progress: tqdm | None = None) -> str:

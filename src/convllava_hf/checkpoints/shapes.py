@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .reading import HEADER_BYTES, TORCH_DTYPES, CheckpointReader, StoredTensor, check_archive
-from .weight_maps import LLAVA_PUBLISHED, ConversionError
+from .weight_maps import LLAVA_PUBLISHED, ConversionError, describe_cause
 
 
 # By name: their modules are imported where a model of theirs is built, and not to read a header.
@@ -70,19 +70,13 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-
-
 # Beside those that the conversion reads.
 HEADER_DTYPES = {**TORCH_DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
 # What bitsandbytes stores beside a weight that it has quantised. Four-bit weights are two to a byte.
 QUANTIZATION_STATE = re.compile(
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|(?P<four_bit>quant_state\.bitsandbytes__\w+))$"
     r"|\.(SCB|weight_format)$"
 )
-
-
 BITSANDBYTES = "bitsandbytes"
 
 
@@ -165,8 +159,8 @@ def read_header(file: BinaryIO, name: str) -> dict[str, StoredTensor]:
     except ConversionError as error:
         raise ConversionError(f"{name}: {error}") from None
     except Exception as error:  # damaged headers fail in every way there is
-        problem = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConversionError(f"the header of {name} cannot be read ({problem}); get the file again.") from error
+        problem = f"the header of {name} cannot be read ({describe_cause(error)}); get the file again."
+        raise ConversionError(problem) from error
     for key, (shape, _) in tensors.items():
         if not isinstance(key, str) or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
             raise ConversionError(
@@ -221,6 +215,12 @@ class _ShapeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, identifier):
         return identifier[1]  # ("storage", type, key, device, size)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a floating-point tensor are finite; no copy of the whole is made."""
+    blocks = tensor.reshape(-1).split(2**24)
+    return all((block if block.itemsize > 1 else block.float()).isfinite().all() for block in blocks)
 
 
 def find_relabelled(tensor: torch.Tensor) -> str | None:

@@ -21,27 +21,15 @@ from .weight_maps import ConversionError
 
 
 logger = logging.get_logger(__name__)
-
-
 MANIFEST = ".convllava-manifest.json"
-
-
 # Room on the disk for the small files beside the weights.
 SPARE_BYTES = 32 * 2**20
-
-
 # Names an export.
 EXPORT_MANIFEST = "export.json"
-
-
 # Of larger files a manifest has the size alone: weights are not edited by hand, and hashing them takes minutes.
 HASHED_BYTES = 2**20
-
-
 # What torch's own writer says of a write that the system cut short.
 TORCH_WRITE_ERRORS = ("iostream error", "PytorchStreamWriter failed", "unexpected pos ")
-
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +53,7 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
     check_output(output, force)
     mark = resume or secrets.token_hex(4)
     staging = output.parent / f".{output.name}.incomplete-{mark}"
-    try:
+    with explain_disk_errors(output, staging.name if resume else None):
         output.parent.mkdir(parents=True, exist_ok=True)
         there = sum(path.stat().st_size for path in staging.rglob("*")) if staging.exists() else 0
         free = shutil.disk_usage(output.parent).free + there
@@ -75,22 +63,13 @@ def stage_output(output: Path, num_bytes: int, force: bool, resume: str | None =
                 "Free some space or choose another --output."
             )
         staging.mkdir(exist_ok=resume is not None)
-        for stale in set(output.parent.glob(f".{glob.escape(output.name)}.incomplete-*")) - {staging}:
-            logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
-        yield staging
-        put_in_place(staging, output, force)
-    except Exception as error:
-        number = find_error_number(error)
-        if isinstance(error, ConversionError) or number is None:
-            raise
-        fix = "Free some space or choose another --output." if number in NO_SPACE else "Choose another --output."
-        left = f"Nothing was left under {output.name}."
-        if resume:
-            left += f" What is finished lies in {staging.name}; the same command goes on from there."
-        raise ConversionError(f"writing to {output.parent} failed: {os.strerror(number)}. {fix} {left}") from error
-    finally:
-        if not resume:
-            shutil.rmtree(staging, ignore_errors=True)
+        name_stale(output, "incomplete", staging)
+        try:
+            yield staging
+            put_in_place(staging, output, force)
+        finally:
+            if not resume:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def put_in_place(staging: Path, output: Path, force: bool):
@@ -111,7 +90,9 @@ def put_in_place(staging: Path, output: Path, force: bool):
     except BaseException:
         replaced.rename(output)
         raise
-    shutil.rmtree(replaced)
+    doomed = replaced.with_name(f".{output.name}.incomplete-{secrets.token_hex(4)}")
+    replaced.rename(doomed)  # what is half deleted is no model to go back to
+    shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -123,18 +104,30 @@ def stage_file(output: Path) -> Iterator[Path]:
     """
     staging = output.parent / f".{output.name}.incomplete-{secrets.token_hex(4)}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield staging
-        os.replace(staging, output)
-    except Exception as error:
-        number = find_error_number(error)
-        if isinstance(error, ConversionError) or number is None:
-            raise
-        raise ConversionError(
-            f"writing {output} failed: {os.strerror(number)}. Nothing was left there; choose another --output."
-        ) from error
+        with explain_disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            yield staging
+            os.replace(staging, output)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_disk_errors(output: Path, kept: str | None = None) -> Iterator[None]:
+    """Says in one line what the system refused; `kept` names the folder that the same command goes on from."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:  # libraries in Rust and C++ have errors of their own
+        number = find_error_number(error)
+        if number is None:
+            raise
+        fix = "Free some space or choose another --output." if number in NO_SPACE else "Choose another --output."
+        left = f" What is finished lies in {kept}; the same command goes on from there." if kept else ""
+        raise ConversionError(
+            f"writing {output} failed: {os.strerror(number)}. Nothing was put there. {fix}{left}"
+        ) from error
 
 
 def find_error_number(error: BaseException | None) -> int | None:
@@ -174,11 +167,17 @@ def list_foreign(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
+            if not any(path.iterdir()) and not any(known.startswith(f"{name}/") for known in files):
                 foreign.append(f"{name}/")
         elif name != MANIFEST and (path.is_symlink() or not path.is_file() or files.get(name) != _describe(path)):
             foreign.append(name)
     return foreign
+
+
+def name_stale(output: Path, kind: str, own: Path | None = None):
+    """Warns of what killed runs left beside `output`; `own` is this run's."""
+    for stale in set(output.parent.glob(f".{glob.escape(output.name)}.{kind}-*")) - {own}:
+        logger.warning(f"{stale} was left by a run that was killed, or is still written to; if not, delete it.")
 
 
 def find_replaced(output: Path) -> Path | None:
@@ -200,16 +199,16 @@ def check_output(output: Path, force: bool):
         ConversionError: a file or folder is there; with `force`, only if it holds anything that this package did not
             make. Also a mount point, and a place that takes no files.
     """
+    if os.path.ismount(output):
+        raise ConversionError(
+            f"{output} is a mount point, which cannot be replaced. Choose a folder in it for --output."
+        )
     name_replaced(output)
     parent = next(parent for parent in output.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConversionError(f"{parent} is no folder that takes files. Choose another --output.")
     if not os.path.lexists(output):
         return
-    if os.path.ismount(output):
-        raise ConversionError(
-            f"{output} is a mount point, which cannot be replaced. Choose a folder in it for --output."
-        )
     if output.is_dir() and not any(output.iterdir()):
         return
     if not force:

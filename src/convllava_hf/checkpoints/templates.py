@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from .weight_maps import ConversionError
+from .weight_maps import ConversionError, describe_cause
 
 
 MAX_SECONDS = 10
@@ -80,4 +80,4 @@ def _send_result(sender: Connection, render: Callable[[], str | None]):
     except MemoryError:
         sender.send((False, f"it needs more than {MAX_BYTES // 2**20} MB of memory"))
     except Exception as error:  # templates raise what they like
-        sender.send((False, " ".join(str(error).split())[:300] or type(error).__name__))
+        sender.send((False, describe_cause(error)))

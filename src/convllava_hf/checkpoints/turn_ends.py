@@ -1,10 +1,11 @@
 """How a chat template ends an answer, and whether generation stops there."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .reading import read_json
 
 
 # Ends in text, as the first LLaVA has between turns and captions have behind them: no token stops there.
@@ -81,7 +82,7 @@ def read_end_ids(folder: Path) -> list[int]:
     """Where generation stops with a checkpoint: `eos_token_id` of its generation configuration, or of its own."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = read_json(path) if path.is_file() else {}
         for part in (settings, settings.get("text_config") or {}):
             if (ids := part.get("eos_token_id")) is not None:
                 return list(ids) if isinstance(ids, list) else [ids]

@@ -13,6 +13,11 @@ class ConversionError(ValueError):
     """Weights, a configuration or a place that cannot be converted from or to; says what, why and what to do."""
 
 
+def describe_cause(error: Exception, limit: int = 300) -> str:
+    """What an error of a library says, in one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Dropped:
     """What becomes of a weight that the new model has no place for: `reason` is written to the conversion report."""

@@ -3,11 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    CLIPImageProcessor,
-    ConvNextConfig,
-    ConvNextModel,
-)
+from transformers import CLIPImageProcessor, ConvNextConfig, ConvNextModel
 
 from ..checkpoints.reading import read_json
 from ..checkpoints.shapes import check_counts, list_shapes
@@ -122,7 +118,7 @@ def convert_checkpoint(
     return write_convllava(writer, content, tower, text, projector_type, tower.image_size)
 
 
-def _write_tower(writer: "CheckpointWriter", tower: Tower) -> ConversionReport:
+def _write_tower(writer: CheckpointWriter, tower: Tower) -> ConversionReport:
     """Writes a tower alone, as a ConvNextModel with the image processor that its original comes with."""
     config = tower.config
     check_counts(config, len(tower.source.tensors))

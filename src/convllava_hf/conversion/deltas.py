@@ -16,7 +16,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from ..checkpoints.weight_maps import ConversionError
 from ..checkpoints.writing import TensorToWrite, measure_peak_memory, parse_size, remove_notes, write_checkpoint
 from .llava_family import FINAL_NORM, looks_like_delta
 from .sources import Source, find_source
+from .writer import DELTA_REPORT, ConversionReport
 
 
 # Tables with a row per word, which may have more rows in the delta.
@@ -40,36 +40,6 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"
 BLOCK_BYTES = 32 * 2**20
 # Written beside a delta of ours: SHA-256 of every tensor of the base that it belongs to, as float16.
 ORIGIN = "delta_origin.json"
-REPORT = "delta_report.json"
-
-
-@dataclass
-class DeltaReport:
-    """What was done; also `delta_report.json` in the output.
-
-    Attributes:
-        output (`Path`): the new checkpoint.
-        content (`dict`): sources with hashes, the files written, counts of tensors.
-    """
-
-    output: Path
-    content: dict
-
-    def summary(self) -> str:
-        """A few lines for people."""
-        content = self.content
-        size = sum(file["bytes"] for file in content["files"])
-        lines = [f"{content['kind']} -> {self.output}"]
-        lines += [f"  {source['role']:8} {source['name']}" for source in content["sources"]]
-        counts = ", ".join(f"{number} {what}" for what, number in content["counts"].items() if number)
-        lines.append(f"  tensors  {counts}")
-        if "not_restored" in content:
-            lines.append(f"  exact    all but {content['not_restored']} values come back bit for bit")
-        lines.append(f"  wrote    {len(content['files'])} weight file(s), {size / 1e9:.3f} GB, float16")
-        peak = content["peak_memory_bytes"]
-        memory = f", {peak / 1e9:.2f} GB of memory at the peak" if peak else ""
-        lines.append(f"  took     {content['seconds']:.1f} s{memory}")
-        return "\n".join(lines)
 
 
 def apply_delta(
@@ -81,7 +51,7 @@ def apply_delta(
     delta_revision: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
-) -> DeltaReport:
+) -> ConversionReport:
     """Merges a released delta with its LLaMA; bit-identical to what the original's `apply_delta` writes.
 
     Args:
@@ -112,7 +82,7 @@ def make_delta(
     target_revision: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
-) -> DeltaReport:
+) -> ConversionReport:
     """Takes the base off a checkpoint, as the original's `make_delta` does: the inverse of [`apply_delta`].
 
     float16 cannot hold every difference: the report counts the values that do not come back bit for bit. The hashes of
@@ -136,7 +106,7 @@ def make_delta(
 
 def _combine(
     kind: str, base: Source, other: Source, output: str | Path, sign: int, max_shard_size: int | str, force: bool
-) -> DeltaReport:
+) -> ConversionReport:
     """Writes `other + sign * base`, and the small files of `other`."""
     started = time.monotonic()
     output, max_shard_size = Path(os.path.expanduser(output)).resolve(), parse_size(max_shard_size)
@@ -182,12 +152,13 @@ def _combine(
                 "left out": len(other.tensors) - len(names),
             },
             **({"not_restored": sum(not_restored.values())} if sign < 0 else {}),
+            "dtype": "float16",
             "files": [file.describe() for file in written],
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory_bytes": measure_peak_memory(),
         }
-        (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return DeltaReport(output, content)
+        (folder / DELTA_REPORT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return ConversionReport(output, content)
 
 
 def check_pair(base: Source, other: Source, sign: int) -> set[str]:
@@ -302,5 +273,5 @@ def _copy_small_files(source: Path, folder: Path):
     """Copies configuration and tokenizer."""
     for path in sorted(source.iterdir()):
         is_index = path.name.endswith(".index.json")
-        if path.suffix in (".json", ".model", ".txt") and not is_index and path.name not in (REPORT, ORIGIN):
+        if path.suffix in (".json", ".model", ".txt") and not is_index and path.name not in (DELTA_REPORT, ORIGIN):
             shutil.copyfile(path, folder / path.name)

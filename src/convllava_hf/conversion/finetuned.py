@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
 from ..checkpoints.cards import build_folder_card
-from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, open_pickle, open_safetensors
+from ..checkpoints.reading import WEIGHT_FILES, CheckpointReader, StoredTensor, read_tensors
 from ..checkpoints.staging import stage_output
 from ..checkpoints.weight_maps import LLAVA, ConversionError
 from .sources import Source
@@ -93,7 +93,7 @@ def read_finetuning(source: Source) -> Finetuning:
     whole = {}
     for file in files:
         if file.name in (WHOLE_WEIGHTS, PROJECTOR_WEIGHTS):
-            whole |= {_strip(name): tensor for name, tensor in open_pickle(file).items()}
+            whole |= {_strip(name): tensor for name, tensor in read_tensors(file).items()}
     return Finetuning(whole, factors, scale, files, adapter)
 
 
@@ -103,13 +103,8 @@ def _strip(name: str) -> str:
 
 
 def _read_factors(adapter: Adapter) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
-    if adapter.weights.suffix == ".safetensors":
-        file = open_safetensors(adapter.weights)
-        stored = {name: file.get_tensor(name) for name in file.keys()}
-    else:
-        stored = open_pickle(adapter.weights)
     halves = {"A": {}, "B": {}}
-    for name, tensor in stored.items():
+    for name, tensor in read_tensors(adapter.weights).items():
         match = FACTOR.fullmatch(name)
         if not match:
             raise ConversionError(

@@ -60,6 +60,7 @@ from .sources import (
     Source,
     Tower,
     build_config,
+    check_setting,
     load_tokenizer,
     read_clip_processor,
 )
@@ -113,6 +114,7 @@ FACTORY_ARCHITECTURES = {
     "phi": "TinyLlavaPhiForCausalLM",
     "stablelm": "TinyLlavaStablelmForCausalLM",
 }
+NO_COUNTERPART = "There is no exact counterpart to it in transformers' llava; convert another checkpoint."
 LLAMA_CLASSES = (LlamaConfig, MistralConfig)
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head"
@@ -129,14 +131,10 @@ def is_vit(source: Source) -> bool:
 
 
 def read_vit(source: Source) -> Tower:
-    """Reads a CLIP or SigLIP tower, alone or in the repository of the whole model.
+    """Reads a CLIP or SigLIP tower, alone or in the repository of the whole model, under its names in a llava.
 
-    Args:
-        source: the repository.
-
-    Returns:
-        The tower under its published names in a llava checkpoint. SigLIP's last layer and head are dropped, as the
-        original does: its repositories count that layer even where they no longer hold it.
+    SigLIP's last layer and head are dropped, as the original does: its repositories count that layer even where they no
+    longer hold it.
 
     Raises:
         ConversionError: weights of another model, or files that are missing or damaged.
@@ -175,26 +173,12 @@ def _cut_siglip(source: Source, config: PreTrainedConfig):
 
 
 def looks_like_delta(source: Source) -> bool:
-    """Whether a checkpoint holds differences to a LLaMA, told by its final norm: trained ones are positive.
-
-    Args:
-        source: the repository, open. Without that norm the answer is no.
-    """
-    if FINAL_NORM not in source.tensors:
-        return False
-    return (source.reader.read(FINAL_NORM) <= 0).float().mean().item() > 0.25
+    """Whether a checkpoint, which is open, holds differences to a LLaMA. Weights of trained norms are positive."""
+    return FINAL_NORM in source.tensors and (source.reader.read(FINAL_NORM) <= 0).float().mean().item() > 0.25
 
 
 def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageModel:
-    """Reads the language model and the projector of a checkpoint.
-
-    Args:
-        source: the repository.
-        config: its `config.json`.
-        tower: its vision tower.
-
-    Returns:
-        The language model with the projector's tensors, under their published names.
+    """Reads the language model and the projector of a checkpoint, under their published names.
 
     Raises:
         ConversionError: a setting that has no counterpart, or files that are missing or damaged.
@@ -217,15 +201,10 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
         # The originals read `null` as they do what is not there; tiles are then arranged as nothing here does.
         if config.get(key) is None and key != "architectures" and not (tiles and key == "mm_patch_merge_type"):
             continue
-        if config.get(key) not in accepted:
-            expected = " or ".join(repr(value) for value in accepted)
-            fix = "There is no exact counterpart to it in transformers' llava; convert another checkpoint."
-            if key in ("mm_hidden_size", "mm_vision_select_feature"):
-                expected += f" with the tower {tower.source.name}"
-                fix = "Pass the right --vision-tower, or convert another checkpoint."
-            raise ConversionError(
-                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected {expected}. {fix}"
-            )
+        fix = NO_COUNTERPART
+        if key in ("mm_hidden_size", "mm_vision_select_feature"):
+            fix = f"The tower is {tower.source.name}: pass the right --vision-tower, or convert another checkpoint."
+        check_setting(source, key, config.get(key), accepted, fix)
     source.open()
     if looks_like_delta(source):
         raise ConversionError(
@@ -251,10 +230,6 @@ def read_llava_family(source: Source, config: dict, tower: Tower) -> LanguageMod
 def read_factory(source: Source, config: dict) -> tuple[Tower, LanguageModel, dict]:
     """Reads a checkpoint of TinyLLaVA Factory, which holds everything, its tower and the tower's settings included.
 
-    Args:
-        source: the repository.
-        config: its `config.json`.
-
     Returns:
         The tower, the language model, and the settings under the names that the other checkpoints have for them.
 
@@ -274,11 +249,7 @@ def read_factory(source: Source, config: dict) -> tuple[Tower, LanguageModel, di
         ("image_aspect_ratio", ratio, ("square", "pad")),
         ("text_config.tie_word_embeddings", bool(text and text.get("tie_word_embeddings")), (False,)),
     ):
-        if value not in accepted:
-            raise ConversionError(
-                f"config.json of {source.name} has {what} = {value!r}; expected {' or '.join(map(repr, accepted))}. "
-                "There is no exact counterpart to it in transformers' llava; convert another checkpoint."
-            )
+        check_setting(source, what, value, accepted, NO_COUNTERPART)
     source.open()
     source.rename(FACTORY)
     source.rename(LLAVA_WITH_TOWER)

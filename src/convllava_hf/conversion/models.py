@@ -19,13 +19,13 @@ from ..checkpoints.cards import list_image_tokens
 from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER
 from ..checkpoints.shapes import check_counts, list_shapes
 from ..checkpoints.turn_ends import find_turn_end
-from ..checkpoints.weight_maps import VISION_TOWER, ConversionError, WeightMap
+from ..checkpoints.weight_maps import VISION_TOWER, ConversionError, WeightMap, describe_cause
 from ..model.configuration_convllava import ConvLlavaConfig
 from ..model.image_processing_convllava import ConvLlavaImageProcessor
 from ..model.modeling_convllava import ConvLlavaForConditionalGeneration
 from ..model.processing_convllava import ConvLlavaProcessor
 from ..shipped import build_chat_template
-from .sources import LanguageModel, Tower, describe_cause
+from .sources import LanguageModel, Tower
 from .vocabulary import add_tokens, count_ids, list_end_ids
 from .writer import CheckpointWriter, ConversionReport, check_stored, plan_weights
 

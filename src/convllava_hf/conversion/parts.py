@@ -21,13 +21,12 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 from .. import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from ..checkpoints.architecture import check_source
-from ..checkpoints.cards import build_model_card, list_image_tokens, read_sources, read_training
-from ..checkpoints.reading import CheckpointReader, describe_file, open_pickle, open_safetensors, read_json
-from ..checkpoints.shapes import compare_shapes
+from ..checkpoints.cards import build_model_card, get_training, list_image_tokens, read_sources, read_trainer_card
+from ..checkpoints.reading import CheckpointReader, describe_file, read_json, read_tensors
+from ..checkpoints.shapes import compare_shapes, is_finite
 from ..checkpoints.staging import MANIFEST, check_output, stage_file, stage_output
-from ..checkpoints.weight_maps import ConversionError
+from ..checkpoints.weight_maps import ConversionError, describe_cause
 from ..checkpoints.writing import TensorToWrite, WrittenFile, parse_size, write_checkpoint
-from .sources import describe_cause
 
 
 PROJECTOR_WEIGHT = re.compile(r"multi_modal_projector\.(?:modules_to_save\.\w+\.)?(linear_(\d+)\.(weight|bias))$")
@@ -62,7 +61,7 @@ def merge_adapter(
         raise ConversionError(f"{found.folder / ADAPTER_CONFIG} names no base model; name it with --base.")
     check_output(output, force)
     check_source(base)
-    stored = _read_weights(found.weights)
+    stored = read_tensors(found.weights)
     _check_finite(stored, f"the adapter {found.folder}", "Train it again.")
     try:
         model, loading = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, output_loading_info=True)
@@ -102,19 +101,9 @@ def merge_adapter(
     return output
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, in memory or mapped."""
-    if path.suffix != ".safetensors":
-        return open_pickle(path)
-    if not path.is_file():
-        raise ConversionError(f"{path} is no file; expected weights. Pass another.")
-    file = open_safetensors(path)
-    return {name: file.get_tensor(name) for name in file.keys()}
-
-
 def _check_finite(tensors: dict[str, torch.Tensor], what: str, fix: str):
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ConversionError(f"{name!r} of {what} holds values that are not finite. {fix}")
 
 
@@ -143,7 +132,7 @@ def _describe_merge(adapter: Adapter, base: str, config, num_tensors: int) -> di
     """The report of a merge: the sources of the base as far as they are known, and the adapter."""
     folder = Path(os.path.expanduser(base))
     report = read_json(folder / "conversion_report.json") if (folder / "conversion_report.json").is_file() else {}
-    sources = read_sources(report)
+    sources, card = read_sources(report), read_trainer_card(adapter.folder)
     if not sources:
         files = [describe_file(path) for path in CheckpointReader(folder).files] if folder.is_dir() else []
         name = folder.resolve().name if folder.is_dir() else base
@@ -154,7 +143,7 @@ def _describe_merge(adapter: Adapter, base: str, config, num_tensors: int) -> di
         "convllava_hf": __version__,
         "kind": "merged checkpoint",
         "adapter": adapter.describe(),
-        "training": read_training(adapter.folder),
+        "training": get_training(card) if card else None,
         "license": report.get("license"),
         "architecture": (config.architectures or [None])[0],
         "image_tokens": list_image_tokens(config),
@@ -180,7 +169,7 @@ def read_projector(source: str | Path) -> dict[str, torch.Tensor]:
         reader = CheckpointReader(source)
         names, read = list(reader.tensors), reader.read
     else:
-        content = _read_weights(read_adapter(source).weights if source.is_dir() else source)
+        content = read_tensors(read_adapter(source).weights if source.is_dir() else source)
         names, read = list(content), content.__getitem__
     found = {}
     for name in names:

@@ -47,6 +47,7 @@ from ..checkpoints.weight_maps import (
     Dropped,
     WeightMap,
     build_causal_lm_map,
+    describe_cause,
 )
 from ..model.configuration_convllava import ConvLlavaConfig
 
@@ -75,6 +76,7 @@ OTHER_TOWERS = ("convnextv2", "dinov3_convnext", "timm_wrapper")
 TOWER_PREFIX = re.compile(r"^(model|timm_model|convnextv2|visual\.trunk)\.")
 # What timm and transformers put behind the last map.
 BEHIND_THE_MAP = re.compile(r"(head|fc|classifier|head_norm|layernorm|layer_norm)(\.|$)")
+TOWERS_OF_INIT = f"for init, {', '.join(OTHER_TOWERS)} (ConvNeXt, ConvNeXt V2, FastViT of timm), CLIP or SigLIP"
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -104,6 +106,11 @@ class Source:
     reader: CheckpointReader | None = None
     also: list["Source"] = field(default_factory=list)
     tokenizer_folder: Path | None = None
+
+    @property
+    def parts(self) -> list["Source"]:
+        """All repositories that its tensors come from."""
+        return [self, *self.also]
 
     def open(self):
         """Lists the tensors.
@@ -229,13 +236,8 @@ def find_source(name: str | Path, revision: str | None, role: str, fix: str) -> 
     return Source(role, name, folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None)
 
 
-def describe_cause(error: Exception) -> str:
-    """What an error of a library says, in one line of bounded length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def build_config(
-    config_class: type[PreTrainedConfig], settings: dict, keys: Sequence[str], source: "Source"
+    config_class: type[PreTrainedConfig], settings: dict, keys: Sequence[str], source: Source
 ) -> PreTrainedConfig:
     """A configuration of those of `settings` that are named in `keys` and are set.
 
@@ -252,6 +254,17 @@ def build_config(
         raise ConversionError(f"config.json of {source.name}: {error}") from None
     except Exception as error:  # every class checks in its own way
         raise ConversionError(f"config.json of {source.name}: {describe_cause(error)} Get it again.") from error
+
+
+def check_setting(source: Source, key: str, value: object, accepted: Sequence, fix: str) -> None:
+    """Refuses a setting of a `config.json` that has no counterpart here.
+
+    Raises:
+        ConversionError: the value is none of those accepted.
+    """
+    if value not in accepted:
+        expected = " or ".join(map(repr, accepted))
+        raise ConversionError(f"config.json of {source.name} has {key} = {value!r}; expected {expected}. {fix}")
 
 
 def read_tower(source: Source, others: bool = False) -> Tower:
@@ -280,8 +293,8 @@ def read_tower(source: Source, others: bool = False) -> Tower:
     if table is None:
         raise ConversionError(
             f"{source.name} is no ConvNeXt; expected one of transformers, timm or open_clip, with a tensor named "
-            f"{', '.join(repr(mark) for mark in TOWER_MARKS)}{_list_towers()}. Pass another vision tower; a language "
-            "model without one (no mm_vision_tower in its config.json) is joined with a tower by init."
+            f"{', '.join(map(repr, TOWER_MARKS))}; or, {TOWERS_OF_INIT}. Pass another vision tower; a language model "
+            "without one (no mm_vision_tower in its config.json) is joined with a tower by init."
         )
     if table is OPEN_CLIP_CONVNEXT:
         settings = read_json(source.folder / "open_clip_config.json")
@@ -319,18 +332,10 @@ def read_tower(source: Source, others: bool = False) -> Tower:
     return Tower(source, _derive_convnext_config(source, image_size), image_size, mean, std, BICUBIC)
 
 
-def _list_towers() -> str:
-    return f"; or, for init, {', '.join(OTHER_TOWERS)} (ConvNeXt, ConvNeXt V2, FastViT of timm), CLIP or SigLIP"
-
-
 def _read_other_tower(
     source: Source, settings: dict, is_taken: bool, reason: str, error: ConversionError | None = None
 ) -> Tower:
-    """Reads a tower that no ConvNextModel can hold, under the names of its own class.
-
-    Raises:
-        ConversionError: such a tower is not taken here, cannot be built, or is damaged.
-    """
+    """Reads a tower that no ConvNextModel can hold, under the names of its own class."""
     if not is_taken:
         raise ConversionError(
             f"{source.name} does not fit a ConvNextModel ({reason}{f': {error}' if error else ''}). It can be a part "
@@ -351,7 +356,7 @@ def _read_other_tower(
     except (ImportError, RuntimeError, TypeError, ValueError) as failure:
         raise ConversionError(
             f"{source.name} names {named!r}, which cannot be built here: {describe_cause(failure)} Expected a "
-            f"ConvNeXt{_list_towers()}."
+            f"ConvNeXt; or, {TOWERS_OF_INIT}."
         ) from failure
     config._name_or_path = ""
     names = {TOWER_PREFIX.sub("", name): name for name in expected}
@@ -409,30 +414,20 @@ def read_clip_processor(path: Path) -> tuple[int, list[float], list[float], int]
 
 
 def read_llava(source: Source, config: dict) -> tuple[LanguageModel, str]:
-    """Reads a released language model, whose own configuration describes the projector and the tower too.
-
-    Args:
-        source: the repository.
-        config: its `config.json`.
-
-    Returns:
-        The language model with the projector's tensors, and the projector's type.
+    """Reads a released language model with its projector, and the projector's type.
 
     Raises:
         ConversionError: a model of another family, a setting that ConvLLaVA's releases do not have, or files that are
             missing or damaged.
     """
-    for key, default, accepted, meaning in (
-        ("architectures", None, ["LlavaLlamaForCausalLM"], "a Llama"),
-        ("mm_vision_select_layer", -1, -1, "the last map of the tower"),
-        ("image_aspect_ratio", None, "pad", "images on a padded square"),
-        ("mm_use_im_start_end", False, False, "no tokens around images"),
+    fix = "With a ConvNeXt tower only checkpoints of ConvLLaVA can be converted."
+    for key, default, accepted in (
+        ("architectures", None, ["LlavaLlamaForCausalLM"]),
+        ("mm_vision_select_layer", -1, -1),  # the last map of the tower
+        ("image_aspect_ratio", None, "pad"),
+        ("mm_use_im_start_end", False, False),
     ):
-        if config.get(key, default) != accepted:
-            raise ConversionError(
-                f"config.json of {source.name} has {key} = {config.get(key)!r}; expected {accepted!r}, {meaning}. "
-                "With a ConvNeXt tower only checkpoints of ConvLLaVA can be converted."
-            )
+        check_setting(source, key, config.get(key, default), [accepted], fix)
     source.open()
     source.rename(CONVLLAVA)
     text_config = build_config(LlamaConfig, config, LLAMA_CONFIG_KEYS, source)
@@ -444,12 +439,6 @@ def read_llava(source: Source, config: dict) -> tuple[LanguageModel, str]:
 
 def read_causal_lm(source: Source) -> LanguageModel:
     """Reads any causal language model of transformers.
-
-    Args:
-        source: the repository.
-
-    Returns:
-        The language model.
 
     Raises:
         ConversionError: transformers knows no such causal language model, or files are missing or damaged.

@@ -20,8 +20,6 @@ PAD_TOKEN = "<pad>"
 VOCABULARY_MULTIPLE = 64
 # Rows that are summed at a time, in float64.
 ROWS_AT_ONCE = 2048
-
-
 # What the formats without a family need, whatever the tokenizer: they are added where they are missing.
 CHAT_TOKENS = dict.fromkeys(("chatml", "chatml_direct", "mpt"), ("<|im_start|>", "<|im_end|>"))
 
@@ -64,9 +62,7 @@ def add_tokens(language: LanguageModel) -> Vocabulary:
             f"the tokenizer of {source.name} has {num_words} ids and its embeddings {name!r} have {rows} rows; "
             "expected a row for each token. The tokenizer is not of this model: get both again."
         )
-    named = {str(token) for token in tokenizer.special_tokens_map.values()}
-    others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*others, language.image_token]})
+    _add_special_tokens(tokenizer, [language.image_token])
     # Where padding is the unknown word or the end of a text, these would be ignored where they are meant.
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -87,10 +83,15 @@ def add_chat_tokens(language: LanguageModel, chat_template: str) -> None:
     words = tokenizer.get_vocab()
     missing = [token for token in CHAT_TOKENS.get(chat_template, ()) if token not in words]
     if missing:
-        named = {str(token) for token in tokenizer.special_tokens_map.values()}
-        others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
-        tokenizer.add_special_tokens({"additional_special_tokens": [*others, *missing]})
+        _add_special_tokens(tokenizer, missing)
         language.added_tokens = tuple(missing)
+
+
+def _add_special_tokens(tokenizer, tokens: list[str]):
+    """Adds tokens to those that have no name of their own, which transformers would replace."""
+    named = {str(token) for token in tokenizer.special_tokens_map.values()}
+    others = [token for token in tokenizer.extra_special_tokens if str(token) not in named]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *tokens]})
 
 
 def list_end_ids(language: LanguageModel) -> list[int]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from .. import __version__
 from ..checkpoints.cards import build_model_card
-from ..checkpoints.reading import CheckpointReader, read_json
+from ..checkpoints.reading import CheckpointReader, name_dtype, read_json
 from ..checkpoints.shapes import list_shapes
 from ..checkpoints.staging import check_output, stage_output
 from ..checkpoints.weight_maps import ConversionError
@@ -27,24 +27,21 @@ from .sources import Source
 from .vocabulary import Vocabulary, extend_rows
 
 
-# Where a merged checkpoint says what it was made of; see `deltas`.
+# What a delta, or a checkpoint that was merged from one, says about itself in the place of `conversion_report.json`.
 DELTA_REPORT = "delta_report.json"
-
-
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 # What becomes of a tensor. The first three account for all tensors of the sources, all but "dropped" for the output's.
 ACTIONS = ("renamed", "extended", "dropped", "initialised")
 
 
 @dataclass
 class ConversionReport:
-    """What was done; also `conversion_report.json` in the output.
+    """What was done; also a file in the output.
 
     Attributes:
         output (`Path`): the new checkpoint.
-        content (`dict`): sources with hashes, counts, every tensor, the files written, the checks that passed.
+        content (`dict`): sources with hashes, counts, the files written; of a conversion also every tensor and the
+            checks that passed.
     """
 
     output: Path
@@ -59,14 +56,17 @@ class ConversionReport:
             lines.append(f"  from     {source['role']}: {source['name']}{revision}")
         counts = ", ".join(f"{number} {action}" for action, number in content["counts"].items() if number)
         lines.append(f"  tensors  {counts}")
-        for reason, number in content["dropped"].items():
+        for reason, number in content.get("dropped", {}).items():
             lines.append(f"  dropped  {number}: {reason}")
         if vocabulary := content.get("vocabulary"):
             added = ", ".join(f"{token} = {number}" for token, number in vocabulary["added"].items()) or "no new token"
             lines.append(f"  words    {vocabulary['rows_before']} -> {vocabulary['rows_after']} rows; {added}")
+        if "not_restored" in content:
+            lines.append(f"  exact    all but {content['not_restored']} values come back bit for bit")
         size = sum(file["bytes"] for file in content["files"])
         lines.append(f"  wrote    {len(content['files'])} weight file(s), {size / 1e9:.3f} GB, {content['dtype']}")
-        lines.append(f"  checked  {'; '.join(content['checks'])}")
+        if "checks" in content:
+            lines.append(f"  checked  {'; '.join(content['checks'])}")
         peak = content["peak_memory_bytes"]
         memory = f"{peak / 1e9:.2f} GB of memory at the peak" if peak else "memory is not measured on this system"
         lines.append(f"  took     {content['seconds']:.1f} s, {memory}")
@@ -143,7 +143,7 @@ def plan_weights(
                 )
         tensors.append(TensorToWrite(target, shape, new_dtype, _casting(load, target, new_dtype)))
         records.append(
-            {"action": action, **origin, "target": target, "shape": list(shape), "target_dtype": _name(new_dtype)}
+            {"action": action, **origin, "target": target, "shape": list(shape), "target_dtype": name_dtype(new_dtype)}
         )
     if missing:
         raise ConversionError(
@@ -155,11 +155,7 @@ def plan_weights(
 
 def _describe(source: Source, name: str) -> dict:
     stored = source.tensors[name]
-    return {"source": source.role, "name": name, "file": stored.file, "dtype": _name(stored.dtype)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return {"source": source.role, "name": name, "file": stored.file, "dtype": name_dtype(stored.dtype)}
 
 
 def _extending(load: Callable[[], torch.Tensor], vocabulary: Vocabulary, distinct: bool) -> Callable[[], torch.Tensor]:
@@ -222,7 +218,7 @@ class CheckpointWriter:
             check: reads a folder back; returns what it found right.
         """
         for source in sources:
-            for part in (source, *source.also):
+            for part in source.parts:
                 if self.output == part.folder or self.output in part.folder.parents:
                     raise ConversionError(f"{self.output} is, or holds, a source as well. Choose another --output.")
         actions = Counter(record["action"] for record in records)
@@ -232,14 +228,14 @@ class CheckpointWriter:
                 f"{num_read} tensors were read, but {dict(actions)} accounted for. Please report this."
             )
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        files = [path for source in sources for part in (source, *source.also) for path in part.reader.files]
+        files = [path for source in sources for part in source.parts for path in part.reader.files]
         to_check = num_bytes + sum(path.stat().st_size for path in files)
         with stage_output(self.output, num_bytes, self.force) as folder:
             with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="writing", disable=None) as progress:
                 files = write_checkpoint(folder, tensors, self.max_shard_size, progress)
             save(folder)
             with tqdm(total=to_check, unit="B", unit_scale=True, desc="checking", disable=None) as progress:
-                hashed = [part.describe(progress) for source in sources for part in (source, *source.also)]
+                hashed = [part.describe(progress) for source in sources for part in source.parts]
                 for source in sources:
                     if (source.folder / DELTA_REPORT).is_file():
                         merged = read_json(source.folder / DELTA_REPORT)["sources"]
@@ -252,7 +248,7 @@ class CheckpointWriter:
             content = {
                 "convllava_hf": __version__,
                 **content,
-                "dtype": "dtypes as stored" if self.dtype is None else _name(self.dtype),
+                "dtype": "dtypes as stored" if self.dtype is None else name_dtype(self.dtype),
                 "sources": hashed,
                 "counts": {"read": num_read, **{key: actions[key] for key in ACTIONS}, "written": len(tensors)},
                 "dropped": dict(Counter(record["reason"] for record in records if record["action"] == "dropped")),

@@ -180,19 +180,18 @@ def _describe_build(sources: list[Source], settings: Settings) -> dict:
 def _prepare_folder(output: Path, work: Path, description: dict, force: bool) -> None:
     _check_place(output, work, force)
     file = work / STATE / "settings.json"
-    if work.exists() and force and file.parent.exists():
+    if work.exists() and (force or not file.is_file()):  # killed before it had begun, or while it was thrown away
         shutil.rmtree(work)
     if work.exists():
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = json.loads(file.read_text(encoding="utf-8"))
         if changed := [key for key in description if before.get(key) != description[key]]:
             raise FileExistsError(
                 f"{work} holds an unfinished build with other settings ({', '.join(changed)}); go on with the same "
                 "ones, remove it, or start anew with --force."
             )
-        return
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        (work / split).mkdir()
+        (work / split).mkdir(exist_ok=True)
     _write_json(file, description)
 
 

@@ -26,12 +26,8 @@ SECRETS = {
     "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----",
 }
 SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in SECRETS.values()))
-
-
 # Where a token may go beside the endpoint; mirrors redirect there.
 HUB_ADDRESSES = ("https://huggingface.co", "https://hf.co")
-
-
 FIXES = {
     400: "The Hub refused what was sent. Run the same command again; if it stays, check the file on this disk.",
     401: "You are not logged in, or the token is not valid, or the repository is private. Run `hf auth login`, or set "

@@ -8,13 +8,12 @@ from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
-from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from ..checkpoints.adapters import Adapter, is_adapter, read_adapter
 from ..checkpoints.architecture import check_source
 from ..checkpoints.code_files import find_foreign_code, list_code_files
-from ..checkpoints.reading import CheckpointReader, StoredTensor, hash_file, open_pickle, read_json
+from ..checkpoints.reading import CheckpointReader, hash_file, name_dtype, read_json, read_tensors
 from ..checkpoints.shapes import (
     BITSANDBYTES,
     HEADER_DTYPES,
@@ -23,11 +22,12 @@ from ..checkpoints.shapes import (
     find_packed,
     find_quantization,
     find_relabelled,
+    is_finite,
 )
 from ..checkpoints.staging import name_replaced
 from ..checkpoints.templates import render_chat_template, run_in_bounds
 from ..checkpoints.turn_ends import find_turn_problem, read_end_ids
-from ..checkpoints.weight_maps import ConversionError
+from ..checkpoints.weight_maps import ConversionError, describe_cause
 
 
 # Module and classes of each kind: configuration, model, processor. They are imported when they are needed.
@@ -147,7 +147,7 @@ class Checks(list[Check]):
         try:
             yield self[-1]
         except Exception as error:  # whatever a damaged file leads to is what is wrong with it
-            self[-1].problem = " ".join(f"{error}".split())[:500] or type(error).__name__
+            self[-1].problem = describe_cause(error, 500)
 
 
 def _check_adapter(folder: Path) -> list[Check]:
@@ -158,15 +158,11 @@ def _check_adapter(folder: Path) -> list[Check]:
     if adapter is None:
         return checks
     with checks.add("weight file is whole") as found:
-        if adapter.weights.suffix == ".safetensors":
-            with safe_open(adapter.weights, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        else:
-            tensors = open_pickle(adapter.weights)
+        tensors = read_tensors(adapter.weights)
         found.problem = None if tensors else "it holds no tensors, so the adapter changes nothing"
     if tensors:
         with checks.add("values are finite") as found:
-            wrong = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+            wrong = [name for name, tensor in tensors.items() if not is_finite(tensor)]
             found.problem = f"{len(wrong)} tensor(s) are not, the first is {wrong[0]}" if wrong else None
         with checks.add("factors of a layer fit each other") as found:
             found.problem = _compare_factors(tensors)
@@ -207,13 +203,9 @@ def _compare_base(adapter: Adapter, tensors: dict) -> str | None:
 
 
 def _find_infinite(reader: CheckpointReader) -> str | None:
-    packed, wrong = find_packed(reader.tensors), []
-    for name, stored in reader.tensors.items():
-        if stored.dtype.is_floating_point and name not in packed:
-            tensor = reader.read(name).reshape(-1)
-            blocks = tensor.split(2**24)
-            if not all((block if block.itemsize > 1 else block.float()).isfinite().all() for block in blocks):
-                wrong.append(name)
+    packed = find_packed(reader.tensors)
+    names = [name for name, stored in reader.tensors.items() if stored.dtype.is_floating_point and name not in packed]
+    wrong = [name for name in names if not is_finite(reader.read(name))]
     reader.close()
     return f"{len(wrong)} tensor(s) hold values that are not finite, the first is {wrong[0]}" if wrong else None
 
@@ -226,22 +218,19 @@ def _find_relabelled(reader: CheckpointReader, settings: dict) -> str | None:
     if find_quantization(settings) is None:
         whole = [name for name, stored in weights.items() if not stored.dtype.is_floating_point]
         if whole:
-            return f"{whole[0]} is stored as {_name(weights[whole[0]])}; expected a floating-point dtype"
+            return f"{whole[0]} is stored as {name_dtype(weights[whole[0]].dtype)}; expected a floating-point dtype"
         named = settings.get("dtype") or settings.get("torch_dtype")
-        dtypes = {_name(stored) for stored in weights.values()}
+        dtypes = {name_dtype(stored.dtype) for stored in weights.values()}
         if isinstance(named, str) and named not in dtypes:
             return f"config.json says {named}; the weights are stored as {', '.join(sorted(dtypes))}"
     found = [name for name in weights if find_relabelled(reader.read(name))]
     matrices = [name for name, stored in weights.items() if len(stored.shape) > 1]
     reader.close()
     if len(found) > len(matrices) / 2:
-        written = find_relabelled(reader.read(found[0]))
-        return f"{len(found)} tensor(s) look like {written} read as {_name(weights[found[0]])}, the first is {found[0]}"
+        tensor = reader.read(found[0])
+        kinds = f"look like {find_relabelled(tensor)} read as {name_dtype(tensor.dtype)}"
+        return f"{len(found)} tensor(s) {kinds}, the first is {found[0]}"
     return None
-
-
-def _name(stored: StoredTensor) -> str:
-    return str(stored.dtype).removeprefix("torch.")
 
 
 def _check_tokenizer(processor, config: PreTrainedConfig) -> str | None:

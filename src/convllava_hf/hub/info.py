@@ -20,10 +20,10 @@ from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.architecture import check_source
 from ..checkpoints.cards import CONFIG_CLASSES, list_image_tokens, read_outline, read_sources
 from ..checkpoints.code_files import list_code_files
-from ..checkpoints.reading import WEIGHT_FILES, StoredTensor, read_index, read_json
+from ..checkpoints.reading import WEIGHT_FILES, StoredTensor, name_dtype, read_index, read_json
 from ..checkpoints.shapes import BITSANDBYTES, count_parameters, find_quantization, read_header
 from ..checkpoints.staging import name_replaced
-from ..checkpoints.weight_maps import ConversionError
+from ..checkpoints.weight_maps import ConversionError, describe_cause
 from ..shipped import CHAT_TEMPLATES
 from ..training.plans import PARTS
 from .client import explain_errors, guard_responses, list_remote
@@ -31,12 +31,8 @@ from .client import explain_errors, guard_responses, list_remote
 
 # What `info` fetches of a repository; a tokenizer is megabytes and tells nothing here.
 SMALL_FILES = ("config.json", "*_config.json", "*.index.json", "conversion_report.json", "*.jinja", "README.md", "*.py")
-
-
 # Bytes per weight. bitsandbytes quantises the linear layers of the language model; nf4 has a float32 for every 64.
 BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "8-bit": (1, 2), "4-bit": (0.5 + 4 / 64, 2)}
-
-
 NOT_QUANTIZED = re.compile(r"embed|wte|lm_head|norm")
 
 
@@ -202,15 +198,15 @@ def _describe(name: str, folder: Path, names: set[str], open_file: Callable[[str
             check_source(folder)
             info.image_tokens = list_image_tokens(read_outline(folder))
         except Exception as error:  # settings of wrong types fail in every class in its own way
-            problem = " ".join(f"{error}".split())[:300] or type(error).__name__
-            raise ConversionError(f"{folder / 'config.json'} cannot be read: {problem}. Get it again.") from error
+            problem = f"{folder / 'config.json'} cannot be read: {describe_cause(error)}. Get it again."
+            raise ConversionError(problem) from error
     tensors = _read_headers(folder, names, open_file)
     default = "vision tower" if kind == "convnext" else "language model"
     parts, dtypes, quantized = Counter(), Counter(), 0
     info.quantization = find_quantization(config)
     counts = count_parameters(tensors)
     for tensor, stored in tensors.items():
-        dtypes[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+        dtypes[name_dtype(stored.dtype)] += math.prod(stored.shape)
         if tensor not in counts:
             continue
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, tensor)), default)

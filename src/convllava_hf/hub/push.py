@@ -23,10 +23,10 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, is_adapter, read_adapter
-from ..checkpoints.cards import build_folder_card, fill_repo_id, has_trainer_card, split_links
+from ..checkpoints.cards import build_folder_card, fill_repo_id, read_trainer_card, split_links
 from ..checkpoints.code_files import HUB_FILES, HUB_FOLDER, find_foreign_code, list_code_files
 from ..checkpoints.reading import CheckpointReader, read_json
-from ..checkpoints.staging import MANIFEST, stage_output
+from ..checkpoints.staging import MANIFEST, name_stale, stage_output
 from ..checkpoints.writing import TensorToWrite, WrittenFile, parse_size, write_checkpoint
 from .client import HubError, explain_errors, find_secret, guard_responses, list_remote
 
@@ -36,11 +36,7 @@ PUBLISHED = (
     *("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.md", "*.yaml", "training_curves.png"),
     *("LICENSE*", "NOTICE*"),
 )
-
-
 NOT_PUBLISHED = ("trainer_state.json", ".*")
-
-
 # Weights and code of an earlier push, which would be mixed with the new ones.
 REPLACED = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
@@ -286,7 +282,7 @@ def collect_files(
         raise HubError(f"{folder}: {foreign}. Only the package's own code is pushed; save the model again.")
     files |= {name: HUB_FOLDER / name for name, state in code.items() if state == "missing"}
     try:
-        own = "README.md" in files and not has_trainer_card(folder)
+        own = "README.md" in files and read_trainer_card(folder) is None
     except yaml.YAMLError as error:
         raise HubError(describe_bad_card(error)) from error
     card = (folder / "README.md").read_text(encoding="utf-8") if own else build_folder_card(folder)
@@ -361,6 +357,8 @@ def shard_weights(folder: Path, shard_size: int | None) -> Iterator[tuple[Path |
     if shard_size is None:
         yield None, []
         return
+    for name in (folder.name, f".{folder.name}"):  # whole ones, and such as were still written
+        name_stale(folder.with_name(name), "shards")
     reader = CheckpointReader(folder)
     tensors = [
         TensorToWrite(name, stored.shape, stored.dtype, partial(reader.read, name))

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..checkpoints.staging import EXPORT_MANIFEST
+from ..model.modeling_convllava import ConvLlavaGenerationMixin
 
 
 GRAPHS = ("embed_tokens", "vision_encoder", "decoder_model_merged")
@@ -85,7 +86,7 @@ class OpenVinoGraph:
         return {name: torch.from_numpy(results[name]) for name in self.outputs}
 
 
-class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class ExportedForConditionalGeneration(PreTrainedModel, ConvLlavaGenerationMixin):
     """A model whose parts are graphs of a runtime. Generates as the checkpoint does; has no weights of its own.
 
     Args:
@@ -106,14 +107,6 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past = {name: shape for name, shape in graphs["decoder_model_merged"].inputs.items() if name.startswith("past")}
         self.num_layers = len(past) // 2
         self.cache_shapes = {name: (shape[1], shape[3]) for name, shape in past.items()}
-
-    def _prepare_generation_config(self, *args, **kwargs):
-        """As in `GenerationMixin`, but never generates a placeholder: it stands for an image that does not exist."""
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        suppressed = generation_config.suppress_tokens or []
-        if self.config.image_token_id not in suppressed:
-            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
-        return generation_config, model_kwargs
 
     @property
     def device(self) -> torch.device:

@@ -624,7 +624,18 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         )
 
 
-class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
+class ConvLlavaGenerationMixin(GenerationMixin):
+    """Generation that never gives a placeholder: it would stand for an image that does not exist."""
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = generation_config.suppress_tokens or []
+        if self.config.image_token_id not in suppressed:
+            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
+        return generation_config, model_kwargs
+
+
+class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, ConvLlavaGenerationMixin):
     """ConvLLaVA with the output layer of its language model: generation and training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # of most text models
@@ -780,14 +791,6 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             )
         num_experts = getattr(text, "num_experts", None) or text.num_local_experts
         return balance(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
-
-    def _prepare_generation_config(self, *args, **kwargs):
-        """As in `GenerationMixin`, but never generates a placeholder: it stands for an image that does not exist."""
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        suppressed = generation_config.suppress_tokens or []
-        if self.config.image_token_id not in suppressed:
-            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
-        return generation_config, model_kwargs
 
 
 __all__ = ["ConvLlavaForConditionalGeneration", "ConvLlavaModel", "ConvLlavaPreTrainedModel"]

@@ -226,9 +226,9 @@ def test_a_client_that_leaves_ends_its_answer(server):
     seen, finished = [], threading.Event()
     finish = engine.Job.finish
 
-    def note(job, reason, piece=""):
+    def note(job, reason):
         seen.append((job.cancelled, len(job.text.tokens)))
-        finish(job, reason, piece)
+        finish(job, reason)
         finished.set()
 
     slow = server.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))

@@ -37,6 +37,7 @@ from .requests import RequestError
 logger = logging.get_logger(__name__)
 
 TOWER_BATCH = 8  # images that run through the tower together
+PIECE_SECONDS = 0.02  # a client gets pieces no faster: each costs a write and a read, and nobody reads as fast
 
 
 @dataclass
@@ -167,6 +168,7 @@ class Job:
         """Makes ready for the first token."""
         settings = self.settings
         self.end_ids, self.text = end_ids, AnswerText(tokenizer, (*settings.stop, *ends))
+        self.held, self.delivered = "", 0.0
         self.generator, self.warpers = None, None
         if settings.temperature > 0:
             self.generator = torch.Generator()
@@ -199,18 +201,19 @@ class Job:
             return
         if self.settings.matcher is not None:
             self.settings.matcher.accept(token)
-        piece = self.text.push(token)
+        self.held += self.text.push(token)
         if token in self.end_ids or self.text.stopped:
-            self.finish("stop", piece)
+            self.finish("stop")
         elif len(self.text.tokens) >= self.settings.max_new_tokens:
-            self.finish("length", piece)
-        elif piece:
-            self.deliver(Event(piece, new_tokens=len(self.text.tokens)))
+            self.finish("length")
+        elif self.held and (now := time.monotonic()) - self.delivered >= PIECE_SECONDS:
+            self.deliver(Event(self.held, new_tokens=len(self.text.tokens)))
+            self.held, self.delivered = "", now
 
-    def finish(self, reason: str, piece: str = "") -> None:
+    def finish(self, reason: str) -> None:
         """Delivers the last event."""
         self.done = True
-        self.deliver(Event(piece + self.text.push(None), reason, len(self.text.tokens)))
+        self.deliver(Event(self.held + self.text.push(None), reason, len(self.text.tokens)))
 
     def fail(self, error: Exception) -> None:
         """Ends with an error."""

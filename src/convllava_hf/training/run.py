@@ -95,8 +95,8 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
+        "trust_remote_code": False,
     }
-    args.model_init_kwargs["trust_remote_code"] = False
     if args.use_cpu and args.model_init_kwargs["dtype"] not in (None, "float32") and not has_fast_bf16("cpu"):
         args.model_init_kwargs["dtype"] = "float32"
     data = script.dataset_name or ", ".join(part.path for part in mixture.datasets)

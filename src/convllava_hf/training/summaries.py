@@ -1,5 +1,6 @@
 """What a run says before its first step, when it is stopped, and at its end."""
 
+import math
 import shlex
 import signal
 import threading
@@ -33,7 +34,7 @@ def describe_start(trainer: Trainer) -> str:
     args, state = trainer.args, trainer.state
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
     step = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
-    per_step = step[0] * step[1] * step[2]
+    per_step = math.prod(step)
     parameters = list(trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in parameters)

@@ -1,8 +1,6 @@
 """A page that shows rows of a dataset as a checkpoint sees them: images, prompt, and which tokens carry loss."""
 
-import base64
 import html
-import io
 import json
 import math
 import os
@@ -13,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from ..images import decode_image
+from ..images import decode_image, encode_thumbnail
 from ..tokens import count_image_tokens, list_parts, place_images
 from .build import REPORT
 from .check import list_splits
@@ -142,11 +140,7 @@ def render_page(
 
 
 def render_image(image: Image.Image, caption: str, largest: int) -> str:
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((largest, largest))
-    small.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
-    picture = f"<img alt='{caption}' src='data:image/jpeg;base64,{data}'>"
+    picture = f"<img alt='{caption}' src='{encode_thumbnail(image, largest)}'>"
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -82,12 +82,6 @@ def read_rows(
     return [(split, number, found[number]) for number in numbers]
 
 
-def read_skipped(folder: str | Path) -> list[dict]:
-    """The rows that a build left out, of its report; none where there is no report."""
-    file = Path(folder) / REPORT
-    return json.loads(file.read_text(encoding="utf-8"))["bad_rows"] if file.is_file() else []
-
-
 def render_page(
     rows: list[tuple[str, int, dict]], title: str, processor=None, skipped: list[dict] = (), num_skipped: int = 0
 ) -> str:
@@ -239,7 +233,8 @@ def write_page(
         Number of rows on it, and of those that were left out.
     """
     rows = read_rows(folder, count, seed, numbers, split)
-    skipped = read_skipped(folder)
+    report = Path(folder) / REPORT
+    skipped = json.loads(report.read_text(encoding="utf-8"))["bad_rows"] if report.is_file() else []
     title = f"{len(rows)} rows of {Path(folder).resolve().name}"
     output = Path(output)
     temporary = output.with_name(output.name + ".tmp")

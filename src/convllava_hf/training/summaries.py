@@ -80,8 +80,8 @@ def describe_stop(trainer: Trainer, recipe: str) -> str:
     """How to go on with a run that was stopped."""
     return (
         f"stopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved "
-        f"{find_last_checkpoint(trainer.args.output_dir)}. Go on by the same command with --resume_from_checkpoint "
-        f"last: convllava train {shlex.quote(recipe)} ... --output_dir {shlex.quote(trainer.args.output_dir)} "
+        f"{find_last_checkpoint(trainer.args.output_dir)}. Go on by the same command with one flag more: convllava "
+        f"train {shlex.quote(recipe)} ... --output_dir {shlex.quote(trainer.args.output_dir)} "
         "--resume_from_checkpoint last"
     )
 

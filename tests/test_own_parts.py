@@ -37,15 +37,15 @@ MATRIX = [
     ("gemma", "fastvit_t8", None, 32, "gemma", "<end_of_turn>"),
     ("mistral", "convnext_atto_ols", None, 32, "mistral_v3", "</s>"),
 ]
-# The other pairs of these families and the four kinds of towers take too long for every run.
+# The other pairs of these families and the four kinds of towers.
 KINDS = [
     ("convnext", "1x24", 64),
     ("convnextv2", "1x24", 64),
     ("dinov3_convnext", "1x32", 64),
     ("convnextv2_atto", None, 32),
 ]
-OTHERS = [
-    pytest.param(family, *kind, template, end, marks=pytest.mark.slow)
+MATRIX += [
+    (family, *kind, template, end)
     for family, tower, _, _, template, end in MATRIX
     for kind in KINDS
     if kind[0] != tower
@@ -82,14 +82,18 @@ class Write(LogitsProcessor):
         return scores
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Which take as long as a stage, and have tests of their own."""
+    monkeypatch.setattr("convllava_hf.training.callbacks.draw_curves", lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return save_rows(tmp_path_factory.mktemp("data") / "rows", 4)
 
 
-@pytest.mark.parametrize(
-    ("family", "tower", "add_stage", "factor", "template", "end"), MATRIX + OTHERS, ids=lambda value: value
-)
+@pytest.mark.parametrize(("family", "tower", "add_stage", "factor", "template", "end"), MATRIX, ids=lambda value: value)
 def test_the_whole_way(family, tower, add_stage, factor, template, end, data, tmp_path, photo, recwarn):
     text, vision = save_language_model(family, tmp_path / "text"), save_tower(tower, tmp_path / "vision")
     model_path = init_model(vision, text, tmp_path / "model", resolution=128, add_stage=add_stage).output

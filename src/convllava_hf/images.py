@@ -364,6 +364,14 @@ def get_draft(image_processor, draft_photos: bool | None = None, **settings) -> 
     return partial(image_processor.get_processed_size, **settings)
 
 
+def encode_thumbnail(image: Image.Image, largest: int) -> str:
+    """An image as the URL of a JPEG, for pages that need no other file; no side is longer than `largest` pixels."""
+    small, file = image.convert("RGB"), BytesIO()
+    small.thumbnail((largest, largest))
+    small.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def set_image_size(image_processor, side: int) -> None:
     """Sets the square that images are padded or squashed to; for `native` that square is the budget.
 

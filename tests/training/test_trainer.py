@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from trl import SFTTrainer
 
 from convllava_hf.images import undecode_images
-from convllava_hf.training.arguments import ConvLlavaTrainingArguments, has_fast_bf16
+from convllava_hf.training.arguments import ConvLlavaTrainingArguments
 from convllava_hf.training.callbacks import draw_curves
 from convllava_hf.training.collator import ConvLlavaCollator
 from convllava_hf.training.plans import estimate_states
@@ -556,17 +556,16 @@ def test_unknown_recipe():
 
 
 def test_bfloat16_where_the_processor_lacks_it(make_trainer, monkeypatch, warnings):
-    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("convllava_hf.training.arguments.is_fast_on_cpu", lambda dtype: False)
     assert not make_trainer(bf16=True).args.bf16
     assert "computing in float32" in warnings.text
-    assert has_fast_bf16(torch.device("cuda"))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_recipes_for_gpus_run_on_a_cpu(checkpoint, data, tmp_path, monkeypatch, warnings):
     """`bf16: true` and bfloat16 weights become float32 without a flag, and it is said."""
-    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: False)
-    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("convllava_hf.training.arguments.is_fast_on_cpu", lambda dtype: False)
+    monkeypatch.setattr("convllava_hf.training.run.is_fast_on_cpu", lambda dtype: False)
     settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--max_steps", "1"]
     settings += ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "0", "--report_to", "none"]
     trainer = run_recipe("custom_finetune_lora", settings)
@@ -640,8 +639,8 @@ def test_interrupted_training_can_be_resumed(checkpoint, data, tmp_path, warning
 
 def test_what_is_trained_beside_adapters_is_float32(checkpoint, data, tmp_path, monkeypatch):
     """Frozen weights in bfloat16; every weight of the projector moves by steps that bfloat16 would swallow."""
-    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: True)
-    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("convllava_hf.training.arguments.is_fast_on_cpu", lambda dtype: True)
+    monkeypatch.setattr("convllava_hf.training.run.is_fast_on_cpu", lambda dtype: True)
     settings = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--max_steps", "2"]
     settings += ["--output_dir", str(tmp_path / "out"), "--dtype", "bfloat16", "--bf16", "true", "--warmup_steps", "0"]
     trainer = run_recipe("tiny_cpu_lora", [*settings, "--projector_learning_rate", "1e-5", "--save_strategy", "no"])
@@ -716,8 +715,8 @@ def test_fixed_questions_are_answered_with_adapters_in_bfloat16_and_by_llava(
     kind, checkpoint, data, tmp_path, monkeypatch
 ):
     """The model that answers is the one that is trained: it learns a question by heart."""
-    monkeypatch.setattr("convllava_hf.training.arguments.has_fast_bf16", lambda device: True)
-    monkeypatch.setattr("convllava_hf.training.run.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("convllava_hf.training.arguments.is_fast_on_cpu", lambda dtype: True)
+    monkeypatch.setattr("convllava_hf.training.run.is_fast_on_cpu", lambda dtype: True)
     rows = make_rows(1).select([0] * 12)
     (tmp_path / "rows").mkdir()
     for split in ("train", "test"):

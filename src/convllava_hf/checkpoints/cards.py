@@ -74,7 +74,8 @@ def read_outline(source: str | Path, trust_remote_code: bool = False) -> PreTrai
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     text = settings.get("text_config")
     if isinstance(text, dict) and "hidden_size" in text:  # else the class's defaults are needed
-        settings["text_config"] = PreTrainedConfig(**text)
+        # A plain configuration warns of rotary embeddings.
+        settings["text_config"] = PreTrainedConfig(**{key: text[key] for key in text if not key.startswith("rope_")})
     return config_class.from_dict(settings)
 
 

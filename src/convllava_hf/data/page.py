@@ -1,8 +1,6 @@
 """A page that shows rows of a dataset as a checkpoint sees them: images, prompt, and which tokens carry loss."""
 
-import base64
 import html
-import io
 import json
 import math
 import os
@@ -13,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from ..images import decode_image
+from ..images import decode_image, encode_thumbnail
 from ..tokens import count_image_tokens, list_parts, place_images
 from .build import REPORT
 from .check import list_splits
@@ -84,12 +82,6 @@ def read_rows(
     return [(split, number, found[number]) for number in numbers]
 
 
-def read_skipped(folder: str | Path) -> list[dict]:
-    """The rows that a build left out, of its report; none where there is no report."""
-    file = Path(folder) / REPORT
-    return json.loads(file.read_text(encoding="utf-8"))["bad_rows"] if file.is_file() else []
-
-
 def render_page(
     rows: list[tuple[str, int, dict]], title: str, processor=None, skipped: list[dict] = (), num_skipped: int = 0
 ) -> str:
@@ -142,11 +134,7 @@ def render_page(
 
 
 def render_image(image: Image.Image, caption: str, largest: int) -> str:
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((largest, largest))
-    small.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
-    picture = f"<img alt='{caption}' src='data:image/jpeg;base64,{data}'>"
+    picture = f"<img alt='{caption}' src='{encode_thumbnail(image, largest)}'>"
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -245,7 +233,8 @@ def write_page(
         Number of rows on it, and of those that were left out.
     """
     rows = read_rows(folder, count, seed, numbers, split)
-    skipped = read_skipped(folder)
+    report = Path(folder) / REPORT
+    skipped = json.loads(report.read_text(encoding="utf-8"))["bad_rows"] if report.is_file() else []
     title = f"{len(rows)} rows of {Path(folder).resolve().name}"
     output = Path(output)
     temporary = output.with_name(output.name + ".tmp")

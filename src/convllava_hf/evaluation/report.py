@@ -1,16 +1,13 @@
 """One HTML page about evaluations: numbers beside the published ones, intervals, categories, wrong answers."""
 
-import base64
 import html
 import os
-from io import BytesIO
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
-from PIL import Image
 
 from ..checkpoints.cards import read_facts
-from ..images import load_image
+from ..images import encode_thumbnail, load_image
 from .grounding import draw_boxes, parse_box, place_box
 from .run import open_images
 from .scores import read_json, read_json_lines
@@ -182,7 +179,7 @@ def render_wrong(folder: Path, run: dict, most: int) -> str:
                         if (box := parse_box(answer)) is not None:
                             marked["#d42a20"] = place_box(box, image.height, image.width)
                         image = draw_boxes(image, marked)
-                    picture = f"<img alt='' src='{encode_thumbnail(image)}'>"
+                    picture = f"<img alt='' src='{encode_thumbnail(image, THUMBNAIL)}'>"
             except ValueError:  # an image that is gone since
                 picture = "<p class='warn'>image not found</p>"
         text = html.escape(question.prompt if question else str(outcome["question_id"]))
@@ -191,13 +188,6 @@ def render_wrong(folder: Path, run: dict, most: int) -> str:
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     title = f"<h3>Wrong answers: {len(figures)} of {len(outcomes)}; the answer in red, the truth in green</h3>"
     return f"{title}<div class='wrong'>{''.join(figures)}</div>"
-
-
-def encode_thumbnail(image: Image.Image) -> str:
-    small, file = image.copy(), BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def write_report(folders: list[Path], output: Path, wrong: int = 24) -> None:

@@ -30,6 +30,9 @@ logger = logging.get_logger(__name__)
 QUANTIZERS = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 # The vision tower and the projector are a small share of the weights and suffer most; `model.` anchors the names.
 UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+# torch has no public name for these checks, which it makes itself before it hands a product to oneDNN; everywhere else
+# half precision runs through a fallback loop.
+CPU_CHECKS = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
 
 
 def load(
@@ -200,12 +203,14 @@ def _choose_dtype(dtype: str | torch.dtype, stored: dict, on_cpu: bool) -> str |
     if dtype != "auto" or not on_cpu:
         return dtype
     name = _get_stored_dtype(stored)
-    # torch has no public name for this check. It is what torch itself asks before it hands a product to oneDNN;
-    # everywhere else half precision runs through a fallback loop.
-    checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
     if name is None:
         return torch.float32
-    if name not in checks or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, checks[name])()):
+    if name not in CPU_CHECKS or is_fast_on_cpu(name):
         return "auto"
     logger.warning(f"Loading in float32 instead of {name}, which this CPU lacks and computes far slower.")
     return torch.float32
+
+
+def is_fast_on_cpu(dtype: str) -> bool:
+    """Whether the CPU computes in `"bfloat16"` or `"float16"`; without instructions it is hundreds of times slower."""
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, CPU_CHECKS[dtype])()

@@ -6,6 +6,8 @@ import torch
 from transformers.utils import logging
 from trl import SFTConfig
 
+from ..inference.load import is_fast_on_cpu
+
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +81,7 @@ class ConvLlavaTrainingArguments(SFTConfig):
         if not (self.use_cpu or torch.accelerator.is_available()):
             logger.warning("no GPU was found: training on the CPU.")
             self.use_cpu = True
-        if self.use_cpu and (self.bf16 or self.fp16) and not has_fast_bf16("cpu"):
+        if self.use_cpu and (self.bf16 or self.fp16) and not is_fast_on_cpu("bfloat16"):
             logger.warning("this processor has no bfloat16 arithmetic: computing in float32.")
             self.bf16 = self.fp16 = False
         if isinstance(self.trainable, str):
@@ -92,8 +94,3 @@ class ConvLlavaTrainingArguments(SFTConfig):
                 "evaluations and checkpoints at the same steps, and --metric_for_best_model (the default is the loss)."
             )
         super().__post_init__()
-
-
-def has_fast_bf16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16; processors without the instructions are hundreds of times slower in it."""
-    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -189,8 +189,6 @@ def plan_memory(
         A dictionary per recipe and number of GPUs: `recipe`, `gpus`, `rows` and `tokens` per GPU and micro-batch, and
         bytes of `weights`, `gradients`, `moments`, `activations` and their `total`.
     """
-    if gpus < 1:
-        raise ValueError(f"gpus={gpus}; expected 1 or more.")
     counts = sorted({gpus, *(2**power for power in range(gpus.bit_length()) if 2**power <= gpus)})
     table = []
     for name in (f"convllava_stage{stage}{kind}" for kind in ("", "_lora", "_qlora")):

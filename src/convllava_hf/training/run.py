@@ -21,8 +21,9 @@ from trl import (
 )
 
 from ..checkpoints.architecture import check_source
+from ..inference.load import is_fast_on_cpu
 from ..shipped import build_chat_template, find_file, list_chat_templates
-from .arguments import ConvLlavaTrainingArguments, has_fast_bf16
+from .arguments import ConvLlavaTrainingArguments
 from .runs import claim_output, find_damage, find_last_checkpoint, remove_checkpoints
 from .summaries import StartSummaryCallback, StopCallback, describe_end, describe_stop
 from .trainer import ConvLlavaTrainer
@@ -95,9 +96,9 @@ def run_recipe(recipe: str, arguments: Iterable[str] = ()) -> ConvLlavaTrainer:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
+        "trust_remote_code": False,
     }
-    args.model_init_kwargs["trust_remote_code"] = False
-    if args.use_cpu and args.model_init_kwargs["dtype"] not in (None, "float32") and not has_fast_bf16("cpu"):
+    if args.use_cpu and args.model_init_kwargs["dtype"] not in (None, "float32") and not is_fast_on_cpu("bfloat16"):
         args.model_init_kwargs["dtype"] = "float32"
     data = script.dataset_name or ", ".join(part.path for part in mixture.datasets)
     identity = {

@@ -22,6 +22,7 @@ LOCK = "_run.lock"
 UNFINISHED = "_unfinished"  # where a checkpoint or a model is written before it gets its name
 REPLACED = ".replaced"  # ends the name of a checkpoint there whose place a newer one takes
 WEIGHTS = re.compile(r"(pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+ANEW = "start anew by --overwrite_output_dir true, or choose another output_dir."
 # What tells that a folder was used.
 TRACES = ("config.json", "adapter_config.json", f"{PREFIX_CHECKPOINT_DIR}-*")
 
@@ -171,7 +172,7 @@ def claim_output(
         if used and not (resume or replace):
             raise ValueError(
                 f"output_dir={str(folder)!r} was used before ({', '.join(used[:4])}). Go on with that run by "
-                "--resume_from_checkpoint last, start anew by --overwrite_output_dir true, or choose another folder."
+                f"--resume_from_checkpoint last, or {ANEW}"
             )
         if used and resume:
             _compare_identity(folder, identity, resume)
@@ -188,8 +189,7 @@ def _compare_identity(folder: Path, identity: dict[str, str | int], resume: bool
             return
         raise ValueError(
             f"output_dir={str(folder)!r} has no {IDENTITY}, so nothing tells which run's files are in it. Name the "
-            f"checkpoint to go on from (--resume_from_checkpoint {folder / PREFIX_CHECKPOINT_DIR}-STEP), choose "
-            "another output_dir, or start anew by --overwrite_output_dir true."
+            f"checkpoint to go on from (--resume_from_checkpoint {folder / PREFIX_CHECKPOINT_DIR}-STEP), or {ANEW}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{folder / IDENTITY} cannot be read: choose another output_dir.") from error
@@ -197,5 +197,5 @@ def _compare_identity(folder: Path, identity: dict[str, str | int], resume: bool
         if there.get(key) != value:
             raise ValueError(
                 f"output_dir={str(folder)!r} holds a run with {key} {there.get(key)!r}; this one has {value!r}. Resume "
-                "with the same settings, choose another output_dir, or start anew by --overwrite_output_dir true."
+                f"with the same settings, or {ANEW}"
             )

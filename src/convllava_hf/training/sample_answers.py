@@ -1,8 +1,6 @@
 """Answers to a fixed sample of the evaluation data, each time that a run evaluates, and a page that shows them."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..images import decode_image, list_images
+from ..images import decode_image, encode_thumbnail, list_images
 from ..inference.answer import answer
 from ..tokens import list_parts, place_images
 
@@ -89,7 +87,8 @@ class SampleAnswers:
         """The page: for each question its pictures, the expected answer, and the answer at each step."""
         body = ["<h1>Answers at each evaluation</h1>"]
         for number, question in enumerate(self.questions):
-            images = "".join(render_image(image) for image in question.images)
+            sources = [encode_thumbnail(image, THUMBNAIL) for image in question.images]
+            images = "".join(f"<img alt='picture of the question' src='{source}'>" for source in sources)
             lines = [f"<tr><th>expected</th><td>{html.escape(question.expected)}</td></tr>"]
             for step, answers in sorted(self.answers.items()):
                 kind = " class='right'" if is_exact(answers[number], question.expected) else ""
@@ -102,15 +101,6 @@ class SampleAnswers:
 
 def is_exact(text: str, expected: str) -> bool:
     return text.split() == expected.split()
-
-
-def render_image(image: Image.Image) -> str:
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.convert("RGB").save(file, "JPEG", quality=85)
-    return (
-        f"<img alt='picture of the question' src='data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'>"
-    )
 
 
 def sample_questions(rows: Iterable[dict], count: int, original_rgb: bool = False) -> list[Question]:

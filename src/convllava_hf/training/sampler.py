@@ -32,17 +32,9 @@ class ModalityLengthSampler(Sampler[int]):
         has_images: whether every row has an image.
         batch_size: rows of one step over all ranks; ranks take consecutive parts of it.
         seed: of the order.
-
-    Raises:
-        ValueError: lists of different lengths, or a batch size below 1.
     """
 
     def __init__(self, lengths: list[int], has_images: list[bool], batch_size: int, seed: int = 0):
-        if len(lengths) != len(has_images) or batch_size < 1:
-            raise ValueError(
-                f"got {len(lengths)} lengths, {len(has_images)} modalities and batch_size={batch_size}; expected "
-                "one of each per row, and a batch size of at least 1."
-            )
         self.lengths, self.has_images, self.batch_size, self.seed = lengths, has_images, batch_size, seed
         self.epoch = 0
 

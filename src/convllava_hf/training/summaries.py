@@ -1,5 +1,6 @@
 """What a run says before its first step, when it is stopped, and at its end."""
 
+import math
 import shlex
 import signal
 import threading
@@ -33,7 +34,7 @@ def describe_start(trainer: Trainer) -> str:
     args, state = trainer.args, trainer.state
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
     step = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
-    per_step = step[0] * step[1] * step[2]
+    per_step = math.prod(step)
     parameters = list(trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in parameters)
@@ -79,8 +80,8 @@ def describe_stop(trainer: Trainer, recipe: str) -> str:
     """How to go on with a run that was stopped."""
     return (
         f"stopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved "
-        f"{find_last_checkpoint(trainer.args.output_dir)}. Go on by the same command with --resume_from_checkpoint "
-        f"last: convllava train {shlex.quote(recipe)} ... --output_dir {shlex.quote(trainer.args.output_dir)} "
+        f"{find_last_checkpoint(trainer.args.output_dir)}. Go on by the same command with one flag more: convllava "
+        f"train {shlex.quote(recipe)} ... --output_dir {shlex.quote(trainer.args.output_dir)} "
         "--resume_from_checkpoint last"
     )
 

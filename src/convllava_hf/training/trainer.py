@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
-from transformers import EarlyStoppingCallback, LlavaImageProcessor, ProgressCallback
+from transformers import EarlyStoppingCallback, LlavaImageProcessor, PreTrainedModel, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -107,13 +107,16 @@ class ConvLlavaTrainer(SFTTrainer):
         self._silence_padded_ids()
         if self.is_fsdp_enabled:
             self._name_sharded_layers()
-            model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            model.base_model.register_forward_hook(self._gather_output_layer)
+            self._unwrap().base_model.register_forward_hook(self._gather_output_layer)
         self.add_callback(CurvesCallback())
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBarCallback() if sys.stderr.isatty() else LossLinesCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _unwrap(self) -> PreTrainedModel:
+        """The model without PEFT around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _name_sharded_layers(self) -> None:
         """Names the layers to shard, as accelerate stops at one that a model lists and lacks (CLIP's text layers)."""
@@ -138,7 +141,7 @@ class ConvLlavaTrainer(SFTTrainer):
         Raises:
             ValueError: a pattern that matches no parameter.
         """
-        model = self.model.get_base_model()
+        model = self._unwrap()
         wrapped = [name for name, module in model.named_modules() if isinstance(module, PEFT_WRAPPERS)]
         names = {re.sub(PEFT_NAME_PARTS, "", name): name for name, _ in model.named_parameters()}
         tied = {re.sub(PEFT_NAME_PARTS, "", name) for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -194,7 +197,7 @@ class ConvLlavaTrainer(SFTTrainer):
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         device = self.args.device
         peak = get_peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model = self._unwrap()
         if peak is None or is_deepspeed_zero3_enabled() or not hasattr(model.model, "vision_tower"):
             return Throughput()
         size = self.processing_class.image_processor.size
@@ -208,9 +211,7 @@ class ConvLlavaTrainer(SFTTrainer):
         if not set(COLUMNS) & set(columns):
             raise ValueError(f"vision_cache needs a column 'images' or 'image'; got {', '.join(columns)}.")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        model.to(self.args.device)
+        model = self._unwrap().to(self.args.device)
         cache = VisionCache(self.args.vision_cache, model, self.processing_class.image_processor, dtype)
         was_training = model.training
         model.eval()
@@ -433,8 +434,9 @@ class ConvLlavaTrainer(SFTTrainer):
         try:
             with remove_if_cut_short(unfinished.parent, self._name_last_checkpoint):
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    self._finish_state(unfinished, folder)
+                if self.args.should_save and self.state.best_model_checkpoint == str(unfinished):
+                    self.state.best_model_checkpoint = str(folder)  # the name that it will have
+                    self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_manifest(unfinished)
@@ -447,12 +449,6 @@ class ConvLlavaTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-
-    def _finish_state(self, unfinished: Path, folder: Path) -> None:
-        """Writes down the best checkpoint under the name that it will have."""
-        if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(folder)
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_saving:

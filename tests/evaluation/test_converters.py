@@ -28,7 +28,7 @@ def test_every_format_of_the_originals_is_known(reference):
             (row,) = convert_scienceqa(problems, ["14824"], f"{asked}-{answered}")
             question, answer = (turn["value"] for turn in row["conversations"])
             assert ("BECAUSE: Maps" in question) == ("L" in asked) and "B." in answer
-    with pytest.raises(ValueError, match="expected one of CQM"):
+    with pytest.raises(ValueError, match="QCM-X"):
         convert_scienceqa(problems, [], "QCM-X")
 
 

@@ -61,7 +61,7 @@ def make_local_answerer(
     import torch
     from transformers import GenerationConfig
 
-    from ..inference.answer import decode_tokens, list_stop_strings
+    from ..inference.answer import choose_bytes, decode_tokens, list_stop_strings, move_inputs
 
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     tokenizer.padding_side = "left"
@@ -74,6 +74,7 @@ def make_local_answerer(
     )
     stops = {"tokenizer": tokenizer} if ends else {}
     resizing = limit_image_tokens(image_processor, budget) if budget else {}
+    preparing = resizing | choose_bytes(processor)
     loading = {
         "original_rgb": getattr(image_processor, "original_rgb", False),
         "draft": get_draft(image_processor, settings.get("draft_photos"), **resizing),
@@ -96,12 +97,13 @@ def make_local_answerer(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, **({"images_kwargs": resizing} if resizing else {})},
-        ).to(model.device, model.dtype)
+            processor_kwargs={"padding": True, **({"images_kwargs": preparing} if preparing else {})},
+        )
         if temperature:
             words = f"{settings.get('seed', 0)} {questions[0].question_id}"  # the same after an interruption
             torch.manual_seed(int(hashlib.sha256(words.encode()).hexdigest()[:8], 16))
         length = inputs["input_ids"].shape[1]
+        inputs = move_inputs(processor, inputs, model)
         tokens = model.generate(**inputs, generation_config=config, **stops)[:, length:]  # (B, S + new) -> (B, new)
         texts = iter(tokens)
         return [decode_tokens(tokenizer, next(texts), ends) if answer is None else answer for answer in answers]

@@ -11,6 +11,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from loguru import logger as eval_logger
+from PIL import ImageFile
 from tqdm import tqdm
 
 from ..inference.load import load
@@ -71,6 +72,13 @@ class ConvLlavaEval(lmms):
         is what these tasks compare. A question whose image cannot be read gets `UNREAD` with the reason, and is named
         in the log.
         """
+        filled, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval fills with grey
+        try:
+            return self._answer_all(requests)
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = filled
+
+    def _answer_all(self, requests) -> list[str]:
         groups, unread = defaultdict(list), {}
         for index, request in enumerate(requests):
             _, make_messages, options, doc_id, task, split = request.args

@@ -272,7 +272,7 @@ def answer(
         **({"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
     )
     arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
-    arguments |= {"generation_config": config, **_move_inputs(processor, inputs, model)}
+    arguments |= {"generation_config": config, **move_inputs(processor, inputs, model)}
     if ends:
         arguments["tokenizer"] = processor.tokenizer
     if stream:
@@ -329,7 +329,7 @@ def move_pixels(processor: ProcessorMixin, pixel_values: torch.Tensor, model: Pr
     return pixel_values.to(model.dtype)
 
 
-def _move_inputs(processor: ProcessorMixin, inputs, model: PreTrainedModel) -> dict:
+def move_inputs(processor: ProcessorMixin, inputs, model: PreTrainedModel) -> dict:
     """The inputs on the model's device, in its dtype."""
     sizes = inputs.get("image_sizes")
     if choose_bytes(processor) and sizes is not None and len(sizes.unique(dim=0)) == 1:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
-from loguru import logger as eval_logger
+from lmms_eval.utils import eval_logger
 from PIL import ImageFile
 from tqdm import tqdm
 

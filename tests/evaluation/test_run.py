@@ -171,7 +171,7 @@ def test_a_limit_takes_the_first_questions(evaluated, converted, questions, tmp_
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["numbers"]["contains"]["count"] == 3 and not results["problems"]
     refused = run(app, build_command(converted, questions, tmp_path / "results", "--limit", 4))
-    assert refused.exit_code == 3 and "what differs: limit (3 there, 4 here)" in refused.output
+    assert refused.exit_code == 3 and "limit (3 there, 4 here)" in refused.output
 
 
 def test_a_checkpoint_of_the_hub_is_known_by_its_commit(hub, tmp_path):
@@ -476,7 +476,7 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
     talk.reply = lambda body: None if "this and this and this and this" in str(body["messages"]) else "X marks it"
     command = build_command(None, questions, tmp_path / "results", "--server", talk.url)
     result = run(app, command)
-    assert result.exit_code == 3 and "2 requests failed and are not scored" in result.output
+    assert result.exit_code == 3 and "2 requests failed" in result.output
     answered = [row["question_id"] for row in read_json_lines(tmp_path / "results" / "predictions.jsonl")]
     assert answered == [0, 1, 2, 4, 5, 6, 8]
     parts = next(body for body in talk.requests if "single word" in str(body))["messages"][0]["content"]
@@ -493,13 +493,13 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
 )
 def test_options_of_a_local_model_are_refused_with_a_server(questions, tmp_path, option):
     result = run(app, build_command(None, questions, tmp_path, "--server", "http://127.0.0.1:9/v1", *option.split()))
-    assert result.exit_code == 3 and f"{option.split()[0]}: the server decides that" in result.output
+    assert result.exit_code == 3 and f"error: {option.split()[0]}:" in result.output
 
 
 def test_a_review_without_references_is_refused_before_anything_is_asked(talk, questions, tmp_path):
     command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", str(questions)]
     refused = run(app, [*command, "--output", str(tmp_path / "results"), "--judge-url", talk.url])
-    assert refused.exit_code == 3 and "needs --references FILE" in refused.output
+    assert refused.exit_code == 3 and "--references" in refused.output
     assert not talk.requests and not (tmp_path / "results").exists()
 
 
@@ -531,4 +531,4 @@ def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     short.write_text("".join((room / "text_answers_ref.jsonl").read_text().splitlines(keepends=True)[1:]))
     command[command.index("--references") + 1] = str(short)
     refused = run(app, command)
-    assert refused.exit_code == 3 and "line 1 of" in refused.output and "not about one question" in refused.output
+    assert refused.exit_code == 3 and f"line 1 of {room}" in refused.output and "short.jsonl" in refused.output

@@ -88,7 +88,7 @@ def test_where_the_original_stops_the_error_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 0, "text": "no"}\n')
     command = ["score", "pope", "--questions", str(tmp_path / "q.jsonl"), "--annotations", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, "--predictions", str(tmp_path / "a.jsonl"), "--json"])
-    assert result.exit_code == 3 and "the original's code stops here: ZeroDivisionError" in result.stderr
+    assert result.exit_code == 3 and "ZeroDivisionError" in result.stderr
     assert json.loads(result.stdout)["error"].startswith("ZeroDivisionError")
 
 
@@ -104,7 +104,7 @@ def test_questions_of_mme_without_an_answer_are_named(reference, tmp_path):
 
 def test_files_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 0}\n{"question_id"')
-    for task, message in (("mmvet", "line 2"), ("nonsense", "expected one of"), ("gqa", "is missing")):
+    for task, message in (("mmvet", "line 2"), ("nonsense", "'nonsense'"), ("gqa", "--annotations")):
         result = CliRunner().invoke(app, ["score", task, "--predictions", str(tmp_path / "a.jsonl")])
         assert result.exit_code == 3 and message in result.output
 

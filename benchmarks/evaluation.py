@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     from PIL import Image
 
     import convllava_hf
-    from convllava_hf.evaluation.run import make_local_answerer
-    from convllava_hf.evaluation.tasks import PROMPT_STYLES, Question
+    from convllava_hf.evaluation.answering import make_local_answerer
+    from convllava_hf.evaluation.questions import PROMPT_STYLES, Question
 
     model, processor = convllava_hf.load(options.model, device=options.device)
     model.generation_config.eos_token_id = None  # answers of one length, so that all variants do the same work

@@ -129,9 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     from scipy.stats import binomtest
 
     import convllava_hf
+    from convllava_hf.evaluation.answering import make_local_answerer
     from convllava_hf.evaluation.metrics import compare_contains
-    from convllava_hf.evaluation.run import make_local_answerer
-    from convllava_hf.evaluation.tasks import PROMPT_STYLES, Question
+    from convllava_hf.evaluation.questions import PROMPT_STYLES, Question
 
     loaded = convllava_hf.load(options.model, device=options.device)
     fonts, rows = find_fonts(), []

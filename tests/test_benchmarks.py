@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,18 @@ def load(monkeypatch):
     return importlib.import_module
 
 
+@pytest.fixture
+def run(load, capsys, tmp_path):
+    """Runs a benchmark with a line of arguments; returns what it printed and what it wrote as JSON."""
+
+    def run_main(name: str, arguments: str) -> tuple[str, dict]:
+        file = tmp_path / "results.json"
+        load(name).main([*shlex.split(arguments), "--json", str(file)])
+        return capsys.readouterr().out, json.loads(file.read_text())
+
+    return run_main
+
+
 def read_table(text: str, title: str) -> list[dict[str, str]]:
     """The rows of the Markdown table under a heading."""
     lines = text.split(f"## {title}\n\n")[1].split("\n\n")[0].splitlines()
@@ -23,21 +37,18 @@ def read_table(text: str, title: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow  # every variant has a process of its own, which imports everything
-def test_preprocess_compares_every_variant(load, capsys, tmp_path):
-    preprocess, file = load("preprocess"), tmp_path / "results.json"
-    preprocess.main(f"--cases 96x64 0.01 --batches 1 2 --batch-case 96x64 --side 128 --repeats 1 --json {file}".split())
-    text = capsys.readouterr().out
-
+def test_preprocess_compares_every_variant(run, load):
+    variants = load("preprocess").VARIANTS
+    tiny = "--cases 96x64 0.01 --batches 1 2 --batch-case 96x64 --side 128 --repeats 1"
+    text, results = run("preprocess", tiny)
     rows = read_table(text, "One image, to 128 pixels")
     assert [(row["image"], row["variant"]) for row in rows] == [
-        (image, variant) for image in ("96x64", "0.01") for variant in preprocess.VARIANTS
+        (image, variant) for image in ("96x64", "0.01") for variant in variants
     ]
-    assert [row["images"] for row in read_table(text, "Batches of 96x64")[:: len(preprocess.VARIANTS)]] == ["1", "2"]
+    assert [row["images"] for row in read_table(text, "Batches of 96x64")[:: len(variants)]] == ["1", "2"]
     assert {row["pixels"] for row in read_table(text, "Images")} == {"96x64", "116x87"}
     # Sides of 1536 pixels have targets, others do not.
     assert "Targets" not in text
-
-    results = json.loads(file.read_text())
     assert all(values["seconds"] > 0 for variants in results["images"].values() for values in variants.values())
     differences = {(row["image"], row["variant"]): row["largest"] for row in results["differences"]}
     for image in ("96x64", "0.01"):
@@ -45,32 +56,26 @@ def test_preprocess_compares_every_variant(load, capsys, tmp_path):
         assert differences[image, "ours, Pillow"] < 1e-3
 
 
-def test_input_compares_every_way(load, capsys, tmp_path, monkeypatch):
-    pipeline, file = load("input"), tmp_path / "results.json"
-    monkeypatch.setattr(pipeline, "SIZES", ((300, 200), (64, 48)))
-    pipeline.main(f"--images 4 --side 64 --batch 1 --workers 1 --json {file}".split())
-    rows = read_table(capsys.readouterr().out, "Input at 64 pixels, 6.9 images/s wanted")
-    assert [row["way"] for row in rows] == list(pipeline.WAYS)
+def test_input_compares_every_way(run, load, monkeypatch):
+    monkeypatch.setattr(load("input"), "SIZES", ((300, 200), (64, 48)))
+    text, results = run("input", "--images 4 --side 64 --batch 1 --workers 1")
+    rows = read_table(text, "Input at 64 pixels, 6.9 images/s wanted")
+    assert [row["way"] for row in rows] == list(load("input").WAYS)
     assert all(int(row["workers to keep up"]) >= 1 and row["of a step"].endswith("%") for row in rows)
-    assert all(row["images_per_second"] > 0 for row in json.loads(file.read_text())["results"])
+    assert all(row["images_per_second"] > 0 for row in results["results"])
 
 
 @pytest.mark.slow
-def test_training_compares_every_variant(load, capsys, tmp_path):
+def test_training_compares_every_variant(run, load):
     pytest.importorskip("trl", reason="training needs the extra `train`")
-    training, file = load("training"), tmp_path / "results.json"
-    training.main(f"--repeats 1 --steps 2 --batch 2 --side 64 --sides 64 --json {file}".split())
-    text = capsys.readouterr().out
-    assert [row["trained"] for row in read_table(text, training.ACTIVATIONS)] == [
-        "all",
-        "stage 2",
-    ]
+    text, results = run("training", "--repeats 1 --steps 2 --batch 2 --side 64 --sides 64")
+    assert [row["trained"] for row in read_table(text, load("training").ACTIVATIONS)] == ["all", "stage 2"]
     assert len(read_table(text, "Batches")) == 5 and len(read_table(text, "Collator")) == 2
     assert len(read_table(text, "Cache")) == 3 and len(read_table(text, "Without padding")) == 4
     assert [row["answers"] for row in read_table(text, "Evaluation")] == ["0", "8", "32"]
     assert len(read_table(text, "Memory")) == 6
     assert [row["rounds"] for row in read_table(text, "Masks (16 rows of 2048 tokens)")] == ["1", "5", "20"]
-    assert json.loads(file.read_text())["gradients"] == 0.0
+    assert results["gradients"] == 0.0
 
 
 def test_preprocess_photographs_are_not_trivial_to_decode(load):
@@ -80,12 +85,9 @@ def test_preprocess_photographs_are_not_trivial_to_decode(load):
     assert 1 < bits_per_pixel < 6
 
 
-def test_vision_measures_every_tower(load, capsys, tmp_path):
-    vision, file = load("vision"), tmp_path / "results.json"
+def test_vision_measures_every_tower(run):
     tiny = "--device cpu --depths 1 1 1 1 1 --widths 8 16 16 16 32 --resolutions 64 128 --native-side 128"
-    vision.main(f"{tiny} --channels-last --repeats 1 --matmul 64 --json {file}".split())
-    text = capsys.readouterr().out
-
+    text, results = run("vision", f"{tiny} --channels-last --repeats 1 --matmul 64")
     work = read_table(text, "Work")
     assert [row["tokens"] for row in work] == ["1", "4", "64", "144", "256", "576", "576"]
     assert work[-1]["tower"].startswith("CLIP") and work[-1]["TFLOP"] == "0.382"
@@ -94,7 +96,6 @@ def test_vision_measures_every_tower(load, capsys, tmp_path):
     ratios = read_table(text, "Work by aspect ratio, 1536 pixels")
     assert [row["tokens"] for row in ratios] == ["576", "432", "540", "576", "336", "576", "576", "408", "560"]
     assert len(read_table(text, "Time by aspect ratio, 128 pixels")) == 9
-    results = json.loads(file.read_text())
     assert all(entry["difference"] < 1e-3 for entry in results["times"])
 
 
@@ -106,36 +107,32 @@ def test_vision_counts_the_released_tower(load):
     assert round(vision.count_flops(tower, 1536, 1536) / vision.TERA, 2) == 3.78
 
 
-def test_data_measures_ways_of_building(load, capsys, tmp_path):
-    data, file = load("data"), tmp_path / "results.json"
-    data.main(["--rows", "300", "--processes", "2", "--ways", "ours, paths", "json.load", "--json", str(file)])
-    rows = read_table(capsys.readouterr().out, "Building")
+def test_data_measures_ways_of_building(run):
+    text, results = run("data", "--rows 300 --processes 2 --ways 'ours, paths' json.load")
+    rows = read_table(text, "Building")
     assert [(row["rows"], row["way"], row["processes"]) for row in rows] == [
         ("300", "ours, paths", "2"),
         ("300", "json.load", "1"),
     ]
-    assert all(entry["seconds"] > 0 for entry in json.loads(file.read_text())["results"])
+    assert all(entry["seconds"] > 0 for entry in results["results"])
 
 
-def test_evaluation_compares_batch_sizes(load, capsys, tmp_path):
+@pytest.fixture
+def model(tmp_path) -> Path:
     from tiny_checkpoint import save_tiny_checkpoint
 
-    evaluation, file = load("evaluation"), tmp_path / "results.json"
-    model = save_tiny_checkpoint(tmp_path / "tiny")
-    tiny = f"--model {model} --device cpu --questions 4 --batches 1 4 --new-tokens 2 --repeats 1 --json {file}"
-    evaluation.main(tiny.split())
-    rows = read_table(capsys.readouterr().out, "Speed")
+    return save_tiny_checkpoint(tmp_path / "tiny")
+
+
+def test_evaluation_compares_batch_sizes(run, model):
+    tiny = f"--model {model} --device cpu --questions 4 --batches 1 4 --new-tokens 2 --repeats 1"
+    rows = read_table(run("evaluation", tiny)[0], "Speed")
     assert [row["batch"] for row in rows] == ["1", "4"] and rows[1]["equal answers"] == "4/4"
 
 
-def test_reading_measures_sizes_and_budgets(load, capsys, tmp_path):
-    from tiny_checkpoint import save_tiny_checkpoint
-
-    reading = load("reading")
-    model = save_tiny_checkpoint(tmp_path / "tiny")
+def test_reading_measures_sizes_and_budgets(run, model, tmp_path):
     tiny = f"--model {model} --device cpu --sizes 8 20 --budgets 1 4 --side 128 --documents 4"
-    reading.main([*tiny.split(), "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "results.json")])
-    rows = read_table(capsys.readouterr().out, "Reading")
+    rows = read_table(run("reading", f"{tiny} --plot {tmp_path / 'plot.png'}")[0], "Reading")
     assert [(row["tokens"], row["text size"]) for row in rows] == [("1", "8"), ("1", "20"), ("4", "8"), ("4", "20")]
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
@@ -161,24 +158,21 @@ def test_documents_of_reading_show_their_truth_and_nothing_is_cut(load):
 
 
 @pytest.mark.slow
-def test_waits_of_training_and_answering_are_those_that_must_be(load, capsys, tmp_path):
+def test_waits_of_training_and_answering_are_those_that_must_be(run):
     """One in `forward`, which compares placeholders with features; a step looks whether its loss is a number."""
     pytest.importorskip("trl", reason="training needs the extra `train`")
-    waits, file = load("waits"), tmp_path / "results.json"
-    waits.main(f"--side 128 --images 2 --json {file}".split())
-    table = read_table(capsys.readouterr().out, "Waits, copies and launches")
+    text, results = run("waits", "--side 128 --images 2")
+    table = read_table(text, "Waits, copies and launches")
     assert [row["work"] for row in table[:2]] == ["training step, pad, 2 images", "training step, native, 2 images"]
-    found = {name: values["waits"] for name, values in json.loads(file.read_text())["results"].items()}
+    found = {name: values["waits"] for name, values in results["results"].items()}
     step, first = found["training step, pad, 2 images"], found["answer, first token, native"]
     assert step["bool in trainer.training_step"] == step["float in trainer._get_grad_norm"] == 1
     assert step["item in import_utils.torch_compilable_check"] == first["item in import_utils.torch_compilable_check"]
     assert not {line for line in (*step, *first) if "_list_sizes" in line}
 
 
-def test_answers_compares_models_end_to_end(load, capsys, tmp_path):
-    answers, file = load("answers"), tmp_path / "results.json"
-    answers.main(f"--toy --sides 64 128 --tokens 2 --json {file}".split())
-    text = capsys.readouterr().out
+def test_answers_compares_models_end_to_end(run):
+    text, _ = run("answers", "--toy --sides 64 128 --tokens 2")
     rows = read_table(text, "From a file to the first token, 0.1B, float32")
     assert [(row["model"], row["image tokens"]) for row in rows] == [
         ("ConvLLaVA 64 pad", "1"),
@@ -193,13 +187,10 @@ def test_answers_compares_models_end_to_end(load, capsys, tmp_path):
     assert [row["exponent"] != "" for row in read_table(text, "Exponents of growth")][::2] == [True, True]
 
 
-def test_draft_asks_about_photos_whole_and_shrunk(load, capsys, tmp_path):
-    from tiny_checkpoint import save_tiny_checkpoint
-
+def test_draft_asks_about_photos_whole_and_shrunk(run, model):
     pytest.importorskip("sklearn", reason="the quickstart draws its pages from scikit-learn's digits")
-    draft, model = load("draft"), save_tiny_checkpoint(tmp_path / "tiny")
-    draft.main(f"--model {model} --pages 3 --scales 3 --device cpu --json {tmp_path / 'results.json'}".split())
-    (row,) = read_table(capsys.readouterr().out, "Answers about drafted photos")
+    text, _ = run("draft", f"--model {model} --pages 3 --scales 3 --device cpu")
+    (row,) = read_table(text, "Answers about drafted photos")
     assert row["page, pixels"] == "384" and row["decoded at"] == "192" and float(row["largest"]) > 0
 
 
@@ -216,19 +207,33 @@ def run_gpu(load, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    ("part", "cases"), [("correctness", 1), ("tower", 13), ("first_token", 7), ("training", 3), ("serving", 1)]
-)
-def test_every_part_of_gpu_runs_on_a_cpu(run_gpu, tmp_path, part, cases):
+# Every part, and how many cases it has at toy size.
+GPU_PARTS = {"correctness": 1, "tower": 13, "first_token": 7, "training": 3, "serving": 1}
+
+
+@pytest.mark.parametrize("part", GPU_PARTS)
+def test_every_part_of_gpu_runs_on_a_cpu(run_gpu, load, tmp_path, part):
     found = run_gpu(part)
-    assert len(found) == cases
+    assert set(load("gpu").PARTS) == set(GPU_PARTS) and len(found) == GPU_PARTS[part]
     for values in found.values():
         assert not {"error!", "skipped!"} & values.keys(), values
         assert all(value > 0 for value in values.values() if isinstance(value, float))
     assert f"## {part}" in (tmp_path / "results.md").read_text()
+    if part == "serving":
+        assert values["known pictures, from the cache"] == 1
     if part == "correctness":
-        (values,) = found.values()
         assert values["failed"] == "none" and values["passed"] >= 18 and "CUDA" in values["skipped"], values
+
+
+@pytest.mark.slow  # those that compile, and a process of FSDP2
+@pytest.mark.timeout(900)
+def test_every_gpu_test_runs_on_a_cpu(load, tmp_path):
+    """At toy size the part `correctness` leaves the long ones out."""
+    gpu, folder = load("gpu"), Path(__file__).with_name("gpu")
+    found = [gpu.run_tests(file, SimpleNamespace(device="cpu", toy=False)) for file in sorted(folder.glob("test_*.py"))]
+    assert len(found) == 4 and {values["failed"] for values in found} == {"none"}, found
+    reasons = "; ".join(values["skipped"] for values in found if values["skipped"] != "none")
+    assert all("CUDA" in reason or "does not run here" in reason for reason in reasons.split("; ")), reasons
 
 
 def test_gpu_goes_on_where_it_stopped(run_gpu, load, tmp_path, monkeypatch):
@@ -245,5 +250,5 @@ def test_gpu_goes_on_where_it_stopped(run_gpu, load, tmp_path, monkeypatch):
     cases["third"] = lambda: ran.append("third") or {"value": 3.0}
     assert run_gpu("tower")["third"] == {"value": 3.0} and ran == ["first", "second", "third"]
     assert "ValueError: broken" in (tmp_path / "results.md").read_text()
-    with pytest.raises(SystemExit, match="another folder"):
+    with pytest.raises(SystemExit, match="--output"):
         gpu.main(f"--in-process tower --device cpu --output {tmp_path}".split())

@@ -44,10 +44,11 @@ from stages import (
 from transformers import set_seed
 
 from convllava_hf import load
-from convllava_hf.evaluation.converters import write_json_lines
+from convllava_hf.evaluation.answering import make_local_answerer
+from convllava_hf.evaluation.files import read_json_lines, write_json_lines
 from convllava_hf.evaluation.metrics import compare_exact
-from convllava_hf.evaluation.run import evaluate, hash_checkpoint, make_local_answerer
-from convllava_hf.evaluation.scores import read_json_lines
+from convllava_hf.evaluation.results import hash_checkpoint
+from convllava_hf.evaluation.run import evaluate
 
 
 TARGET, TARGET_PER_TASK = 0.92, 0.85
@@ -106,7 +107,7 @@ def answer_questions(checkpoint: Path, questions: list[dict], images: list, fold
         if image is not None:
             rows[-1]["image"] = f"{number}.png"
             image.save(folder / f"{number}.png")
-    write_json_lines(rows, folder / "questions.jsonl")
+    write_json_lines(folder / "questions.jsonl", rows)
 
     def make_answerer(style, longest, settings):
         return make_local_answerer(*load(checkpoint), folder, style, longest, settings)

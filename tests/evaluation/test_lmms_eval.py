@@ -39,8 +39,10 @@ metric_list:
   - {{metric: exact, aggregation: mean, higher_is_better: true}}
 """
 FUNCTIONS = """
+from PIL import Image
+
 def list_images(doc):
-    return [doc["image"].convert("RGB")]
+    return [Image.open(doc["image"])]
 
 def make_messages(doc, lmms_eval_specific_kwargs=None):
     content = [{"type": "image", "url": list_images(doc)[0]}, {"type": "text", "text": doc["question"]}]
@@ -51,27 +53,30 @@ def compare(doc, results):
 """
 
 
-@pytest.fixture(scope="module")
-def task(converted, tmp_path_factory) -> tuple[Path, list[str]]:
+@pytest.fixture
+def task(converted, tmp_path) -> tuple[Path, list[str]]:
     """A folder with a task, and our answers. Half of its truths are them, half are not: the score must be a half."""
     from datasets import Dataset
 
-    folder = tmp_path_factory.mktemp("task")
+    folder = tmp_path / "task"
+    folder.mkdir()
     model, processor = convllava_hf.load(converted, device="cpu")
     rows, said = [], []
     for number in range(6):
         image = Image.linear_gradient("L").convert("RGB").resize((64, 48 + 8 * (number % 2))).rotate(40 * number)
         question = f"What is {'this ' * (number + 1)}?"
         said.append(convllava_hf.answer(model, processor, question, images=[image], max_new_tokens=6))
-        rows.append({"image": image, "question": question, "answer": said[-1] if number % 2 else f"not {said[-1]}"})
+        image.save(folder / f"{number}.png")
+        truth = said[-1] if number % 2 else f"not {said[-1]}"
+        rows.append({"image": str(folder / f"{number}.png"), "question": question, "answer": truth})
     Dataset.from_list(rows).to_parquet(folder / "data.parquet")
     (folder / "local_reading.yaml").write_text(TASK.format(data=folder / "data.parquet"))
     (folder / "local_reading.py").write_text(FUNCTIONS)
     return folder, said
 
 
-def evaluate(task: Path, output: Path, *arguments) -> tuple[float, list[str]]:
-    """The score, and the answers in the order of the questions."""
+def evaluate(task: Path, output: Path, *arguments) -> tuple[float, list[str], str]:
+    """The score, the answers in the order of the questions, and what was written to the terminal."""
     command = [PYTHON, "-m", "lmms_eval", *arguments, "--tasks", "local_reading", "--include_path", str(task)]
     command += ["--output_path", str(output), "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "home"), "OPENAI_API_KEY": "none"}
@@ -82,18 +87,32 @@ def evaluate(task: Path, output: Path, *arguments) -> tuple[float, list[str]]:
     (samples,) = output.rglob("*samples_local_reading.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     score = next(value for key, value in results.items() if key.startswith("exact,"))
-    return score, [row["filtered_resps"].strip() for row in rows]
+    return score, [row["filtered_resps"].strip() for row in rows], done.stdout + done.stderr
 
 
 def test_the_answers_of_the_plugin_are_ours(converted, task, tmp_path):
     arguments = ("--model", "convllava", "--model_args", f"pretrained={converted}", "--batch_size", "2")
-    assert evaluate(task[0], tmp_path, *arguments, "--device", "cpu") == (0.5, task[1])
+    assert evaluate(task[0], tmp_path, *arguments, "--device", "cpu")[:2] == (0.5, task[1])
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(converted, task, tmp_path):
+    """lmms-eval has no answers that are missing: it scores a text that says so, and the others keep theirs."""
+    folder, said = task
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])  # its size is there, its pixels are not
+    (folder / "4.png").unlink()
+    arguments = ("--model", "convllava", "--model_args", f"pretrained={converted}", "--batch_size", "2")
+    score, answers, log = evaluate(folder, tmp_path, *arguments, "--device", "cpu")
+    assert score == pytest.approx(2 / 6) and [answers[n] for n in (0, 2, 3, 5)] == [said[n] for n in (0, 2, 3, 5)]
+    for number in (1, 4):
+        assert answers[number].startswith("[CONVLLAVA_IMAGE_UNREADABLE]") and f"{number}.png" in answers[number]
+        assert f"question {number} of local_reading" in log
+    assert "2 of 6 questions" in log
 
 
 def test_the_answers_of_our_server_are_ours(converted, served, task, tmp_path):
     """Without `timeout` a slow answer would be given up after 10 seconds, and its error scored as an answer."""
     arguments = f"model_version={converted.name},base_url={served},timeout=600,num_concurrent=4"
-    assert evaluate(task[0], tmp_path, "--model", "openai", "--model_args", arguments) == (0.5, task[1])
+    assert evaluate(task[0], tmp_path, "--model", "openai", "--model_args", arguments)[:2] == (0.5, task[1])
 
 
 def test_boxes_overlap_as_in_the_original(reference):

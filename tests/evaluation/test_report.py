@@ -10,15 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
+from convllava_hf.evaluation.files import write_json_lines
 from convllava_hf.evaluation.report import add_to_card, find_published, render_report
-from convllava_hf.evaluation.run import (
-    check_run,
-    describe_versions,
-    hash_checkpoint,
-    hash_text,
-    score_run,
-    write_results,
-)
+from convllava_hf.evaluation.results import check_run, hash_checkpoint, hash_text, score_run, write_results
 from convllava_hf.evaluation.tasks import TASKS
 
 
@@ -37,15 +31,14 @@ def refcoco(tmp_path_factory, reference):
     for number, row in enumerate(rows):
         row["image"] = f"{number}.jpg"
         Image.linear_gradient("L").convert("RGB").resize((row["width"], row["height"])).save(images / row["image"])
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(questions, rows)
     asked = {"task": "refcoco", "checkpoint": hash_checkpoint(str(checkpoint)), "questions": hash_text(questions)}
     asked |= {"prompt_style": "convllava", "limit": None, "settings": {}}
     run = {"asked": asked, "questions": str(questions), "annotations": None, "images": str(images)}
     check_run(folder, run)
     answers = [json.loads(line)["answer"] for line in (source / "answers_refcocog_val.jsonl").read_text().splitlines()]
-    lines = [json.dumps({"question_id": n, "text": text}) + "\n" for n, text in enumerate(answers)]
-    (folder / "predictions.jsonl").write_text("".join(lines))
-    extra = {"task": "refcoco", "model": "toy", "asked": asked, "versions": describe_versions(), "questions": len(rows)}
+    write_json_lines(folder / "predictions.jsonl", [{"question_id": n, "text": a} for n, a in enumerate(answers)])
+    extra = {"task": "refcoco", "model": "toy", "asked": asked, "versions": {"torch": "2.7"}, "questions": len(rows)}
     write_results(folder, score_run(folder, run, questions, None), extra)
     return folder, checkpoint
 
@@ -101,7 +94,7 @@ def write_evaluation(root, task, questions, answers, annotations=None):
     places = {"questions": str(questions), "annotations": annotations and str(annotations), "images": str(root)}
     run, folder = {"asked": asked, **places}, root / "results"
     check_run(folder, run)
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    write_json_lines(folder / "predictions.jsonl", answers)
     extra = {"task": task, "model": "toy", "asked": asked, "versions": {}, "questions": len(answers)}
     write_results(folder, score_run(folder, run, questions, annotations), extra)
     return folder
@@ -121,13 +114,13 @@ def test_wrong_answers_of_questions_that_share_an_image_are_shown_with_it(refere
     answers = [json.loads(line) | {"text": "wrong"} for line in file.read_text().splitlines()]
     questions = tmp_path / "questions.jsonl"
     rows = [{"question_id": a["question_id"], "text": a["prompt"], "image": "x.png"} for a in answers]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(questions, rows)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     page = render_report([write_evaluation(tmp_path, task, questions, answers, truths)])
     shown = min(len(answers), 24)
     assert page.count("<figure>") >= page.count("data:image/jpeg") >= shown > 1
     for answer in answers[:shown]:
-        assert html.escape(answer["prompt"]) in page
+        assert answer["prompt"] in html.unescape(page)
 
 
 def test_two_sets_of_one_task_stay_in_the_card(refcoco, tmp_path):
@@ -155,4 +148,4 @@ def test_results_of_another_checkpoint_stay_out_of_a_card(refcoco, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     (tmp_path / "README.md").write_text("# Toy\n")
     result = CliRunner().invoke(app, ["eval-report", str(refcoco[0]), "--card", str(tmp_path)])
-    assert result.exit_code == 3 and "another checkpoint" in result.output
+    assert result.exit_code == 3 and str(tmp_path) in " ".join(result.output.split())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,8 +18,12 @@ from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
 from convllava_hf.evaluation import run as running
-from convllava_hf.evaluation.run import build_chat, evaluate, hash_checkpoint, set_chat_template
-from convllava_hf.evaluation.tasks import PROMPT_STYLES, find_task
+from convllava_hf.evaluation.answering import build_chat, set_chat_template
+from convllava_hf.evaluation.files import read_json_lines, write_json_lines
+from convllava_hf.evaluation.questions import PROMPT_STYLES
+from convllava_hf.evaluation.results import hash_checkpoint
+from convllava_hf.evaluation.run import evaluate
+from convllava_hf.evaluation.tasks import find_task
 from convllava_hf.shipped import build_chat_template
 
 
@@ -38,7 +44,7 @@ def questions(tmp_path_factory) -> Path:
         )
         rows.append({"question_id": number, "image": f"{number}.png", "text": text, "answer": "x"})
     rows[4].pop("image")
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "questions.jsonl", rows)
     return folder / "questions.jsonl"
 
 
@@ -58,22 +64,20 @@ def evaluated(converted, questions, tmp_path_factory) -> Path:
     return output
 
 
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def test_answers_are_those_of_one_at_a_time(evaluated, converted, questions):
     import convllava_hf
 
     model, processor = convllava_hf.load(converted, device="cpu")
-    predictions = read_lines(evaluated / "predictions.jsonl")
+    predictions = read_json_lines(evaluated / "predictions.jsonl")
     assert [row["question_id"] for row in predictions] == list(range(9))
     assert set(predictions[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-    for row, asked in zip(predictions, read_lines(questions), strict=True):
+    for row, asked in zip(predictions, read_json_lines(questions), strict=True):
         images = [questions.parent / asked["image"]] if "image" in asked else []
         alone = convllava_hf.answer(model, processor, asked["text"], images=images, max_new_tokens=6)
         assert row["text"] == alone and row["prompt"] == asked["text"]
     assert len({row["text"] for row in predictions}) > 3, "answers that are all alike would prove nothing"
+    names = ("run.json", "answers-000.jsonl", "predictions.jsonl", "results.json", "outcomes.jsonl", "original.json")
+    assert {file.name for file in evaluated.iterdir()} == set(names)
     results = json.loads((evaluated / "results.json").read_text())
     assert results["answers"] == 9 and results["asked"]["checkpoint"] and results["versions"]["transformers"]
     low, high = results["numbers"]["contains"]["ours_interval"]
@@ -93,17 +97,52 @@ def test_a_torn_file_is_mended_to_the_same_bytes(evaluated, converted, questions
     assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
 
 
-@pytest.mark.slow  # two processes that import everything
-def test_killed_and_started_again(evaluated, converted, questions, tmp_path):
-    output = tmp_path / "results"
-    command = [str(CONVLLAVA), *build_command(converted, questions, output)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def kill_at(command: list[str], answers: Path, lines: int) -> None:
+    """Starts a process and kills it as soon as its file of answers has so many lines."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not (output / "answers-000.jsonl").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    while lines and (not answers.exists() or answers.read_bytes().count(b"\n") < lines):
+        assert process.poll() is None and time.monotonic() < deadline
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+ANSWERER = """
+import sys
+from pathlib import Path
+from convllava_hf.evaluation.run import evaluate
+
+def answer(batch):
+    return [f"{question.question_id} of {len(batch)}" for question in batch]
+
+questions, output = map(Path, sys.argv[1:])
+settings = {"model_id": "toy", "checkpoint_hash": "0", "batch_size": 3}
+evaluate("contains", questions, output, make_answerer=lambda *_: answer, **settings)
+"""
+
+
+def test_killed_again_and_again_the_same_command_ends_with_the_same_bytes(tmp_path):
+    """At once, at random lines, and when the last one was just written."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question_id": n, "text": "?" * (n % 7), "answer": "of 3"} for n in range(600)]
+    write_json_lines(questions, rows)
+    command = [sys.executable, "-c", ANSWERER, str(questions)]
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL)
+    for lines in (0, *sorted(random.Random(0).sample(range(1, 590), 3)), 600):
+        kill_at([*command, str(output)], output / "answers-000.jsonl", lines)
+    subprocess.run([*command, str(output)], check=True, stderr=subprocess.DEVNULL)
+    assert {file.name for file in output.iterdir()} == {file.name for file in whole.iterdir()}
+    for name in ("answers-000.jsonl", "predictions.jsonl", "outcomes.jsonl", "original.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow  # processes that import everything
+def test_a_model_killed_again_and_again_gives_the_same_bytes(evaluated, converted, questions, tmp_path):
+    output = tmp_path / "results"
+    command = [str(CONVLLAVA), *build_command(converted, questions, output)]
+    for lines in (0, 1, 4, 7):
+        kill_at(command, output / "answers-000.jsonl", lines)
     subprocess.run(command, check=True)
     for name in ("answers-000.jsonl", "predictions.jsonl"):
         assert (output / name).read_bytes() == (evaluated / name).read_bytes()
@@ -117,21 +156,22 @@ def test_two_processes_give_one_result(evaluated, converted, questions, tmp_path
     launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", CONVLLAVA]
     done = subprocess.run([*launch, *build_command(converted, questions, output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(output.glob("answers-*.jsonl"))) == 2
+    expected = {file.name for file in evaluated.iterdir()} | {"answers-001.jsonl"}
+    assert {file.name for file in output.iterdir()} == expected
     assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
 
 
 def test_a_limit_takes_the_first_questions(evaluated, converted, questions, tmp_path):
     command = build_command(converted, questions, tmp_path / "results", "--limit", 3)
     assert run(app, command).exit_code == 0
-    whole, some = (read_lines(folder / "predictions.jsonl") for folder in (evaluated, tmp_path / "results"))
+    whole, some = (read_json_lines(folder / "predictions.jsonl") for folder in (evaluated, tmp_path / "results"))
     assert [(row["question_id"], row["text"]) for row in some] == [
         (row["question_id"], row["text"]) for row in whole[:3]
     ]
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["numbers"]["contains"]["count"] == 3 and not results["problems"]
     refused = run(app, build_command(converted, questions, tmp_path / "results", "--limit", 4))
-    assert refused.exit_code == 3 and "what differs: limit (3 there, 4 here)" in refused.output
+    assert refused.exit_code == 3 and "limit (3 there, 4 here)" in refused.output
 
 
 def test_a_checkpoint_of_the_hub_is_known_by_its_commit(hub, tmp_path):
@@ -177,7 +217,7 @@ def test_prompts_are_those_of_each_project(reference, converted, tmp_path):
                 | {"image_path": "x.png"}
                 for number, entry in enumerate(entries)
             ]
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_json_lines(file, rows)
         asked = find_task(task)[1].read(file, PROMPT_STYLES[style])
         if task == "mmbench":
             wanted = {entry["question_id"] for entry in entries}
@@ -262,10 +302,10 @@ def test_a_folder_of_another_checkpoint_is_refused(evaluated, converted, questio
 
 
 def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
-    rows = read_lines(questions)[:3]
+    rows = read_json_lines(questions)[:3]
     rows[1]["image"] = "nowhere.png"
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(file, rows)
     command = build_command(converted, file, tmp_path / "results")
     command[command.index("--images") + 1] = str(questions.parent)
     stopped = run(app, command)
@@ -278,7 +318,7 @@ def test_missing_images_are_counted_and_named(converted, questions, tmp_path):
 
 def test_an_image_that_breaks_off_costs_its_own_row_only(converted, questions, tmp_path):
     """Its first bytes tell a size, so only reading it whole shows the fault."""
-    rows = read_lines(questions)[:3]
+    rows = read_json_lines(questions)[:3]
     for row in rows:
         with Image.open(questions.parent / row["image"]) as image:
             image.save(tmp_path / f"{row['question_id']}.jpg", quality=95)
@@ -286,11 +326,11 @@ def test_an_image_that_breaks_off_costs_its_own_row_only(converted, questions, t
     content = (tmp_path / "1.jpg").read_bytes()
     (tmp_path / "1.jpg").write_bytes(content[: len(content) * 2 // 3])
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(file, rows)
     command = build_command(converted, file, tmp_path / "results")
     stopped = run(app, command)
     assert stopped.exit_code == 3 and "1 images cannot be read, the first of question 1" in stopped.output
-    assert [row["question_id"] for row in read_lines(tmp_path / "results" / "predictions.jsonl")] == [0, 2]
+    assert [row["question_id"] for row in read_json_lines(tmp_path / "results" / "predictions.jsonl")] == [0, 2]
     assert run(app, [*command, "--skip-bad-images"]).exit_code == 0
     problems = json.loads((tmp_path / "results" / "results.json").read_text())["problems"]
     assert problems["images that cannot be read"] == {"count": 1, "first": [1]}
@@ -303,15 +343,19 @@ def ask_in_process(questions, output, make, **options):
     return evaluate("contains", questions, output, make_answerer=make, **settings, **options)
 
 
-def test_a_line_that_another_process_is_writing_stays(questions, tmp_path):
+FIRST_OF_TWO = SimpleNamespace(process_index=0, num_processes=2)
+
+
+def test_a_line_that_another_process_is_writing_stays(questions, tmp_path, monkeypatch):
     """What is torn is mended before anyone appends; afterwards a half line may be a write that is going on."""
     other = tmp_path / "answers-001.jsonl"
+    monkeypatch.setattr(running, "gather", lambda rows, state: rows)
 
     def make(style, longest, settings):
         other.write_bytes(b'{"index": 1, "te')
         return lambda batch: ["x"] * len(batch)
 
-    ask_in_process(questions, tmp_path, make, world=2)
+    ask_in_process(questions, tmp_path, make, state=FIRST_OF_TWO)
     assert other.read_bytes() == b'{"index": 1, "te'
 
 
@@ -319,26 +363,29 @@ def test_answers_may_hold_any_line_separator(questions, tmp_path):
     text = "one\u2028two\x85three\x1cfour"
     for _ in range(2):  # and again, from the files
         ask_in_process(questions, tmp_path, lambda *_: lambda batch: [text] * len(batch))
-    with open(tmp_path / "predictions.jsonl", encoding="utf-8") as lines:
-        assert {json.loads(line)["text"] for line in lines} == {text}
+    assert {row["text"] for row in read_json_lines(tmp_path / "predictions.jsonl")} == {text}
 
 
-def test_samples_per_second_are_those_of_all_processes(questions, tmp_path, monkeypatch):
+def test_samples_per_second_and_failures_are_those_of_all_processes(questions, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
-    for rank in (1, 0):
-        results = ask_in_process(questions, tmp_path, lambda *_: lambda batch: ["x"] * len(batch), rank=rank, world=2)
-    assert results["answers"] == 9 and results["samples_per_second"] == 9 / 2
+    other = {"failures": [(7, False)], "count": 4, "seconds": 1.0}
+    monkeypatch.setattr(running, "gather", lambda rows, state: [*rows, other] if rows else [])
+    results = ask_in_process(questions, tmp_path, lambda *_: lambda batch: ["x"] * len(batch), state=FIRST_OF_TWO)
+    assert 0 < results["answers"] < 9 and results["samples_per_second"] == (results["answers"] + 4) / 2
+    assert results["problems"]["requests that failed"]["first"] == [7]
 
 
-@pytest.mark.parametrize(("task", "message"), [("pope", "coco_pope_"), ("textvqa", "TextVQA"), ("mme", "MME's folder")])
-def test_truths_that_are_missing_are_named_before_anything_is_asked(questions, tmp_path, task, message):
+@pytest.mark.parametrize(
+    ("task", "missing"), [("pope", "coco_pope_"), ("textvqa", "TextVQA_"), ("mme", "MME_Benchmark_release_version")]
+)
+def test_truths_that_are_missing_are_named_before_anything_is_asked(questions, tmp_path, task, missing):
     def make(*_):
         raise AssertionError("nothing may be loaded")
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=missing):
         evaluate(task, questions, tmp_path, questions.parent, make_answerer=make, model_id="", checkpoint_hash="")
-    with pytest.raises(ValueError, match="needs a judge"):
+    with pytest.raises(ValueError, match="--judge-url"):
         evaluate("gpt-review", questions, tmp_path, make_answerer=make, model_id="", checkpoint_hash="")
 
 
@@ -350,15 +397,15 @@ def test_a_limit_counts_no_other_question_about_the_same_image(reference, tmp_pa
         room = room / "converter"
         truths = room / "MME_Benchmark_release_version"
     file = room / ("answers/toy.jsonl" if task == "mme" else "answers.jsonl")
-    rows = [{"question_id": row["question_id"], "text": row["prompt"]} for row in read_lines(file)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question_id": row["question_id"], "text": row["prompt"]} for row in read_json_lines(file)]
+    write_json_lines(tmp_path / "q.jsonl", rows)
 
     def make(*_):
         return lambda batch: ["Yes"] * len(batch)
 
     settings = {"model_id": "toy", "checkpoint_hash": "0", "limit": 2, "make_answerer": make}
     results = evaluate(task, tmp_path / "q.jsonl", tmp_path / "results", annotations=truths, **settings)
-    outcomes = read_lines(tmp_path / "results" / "outcomes.jsonl")
+    outcomes = read_json_lines(tmp_path / "results" / "outcomes.jsonl")
     assert len(outcomes) == 2 and sorted(row["prediction"] for row in outcomes) == [0, 1]
     assert "questions without an answer" not in results["problems"]
 
@@ -366,7 +413,7 @@ def test_a_limit_counts_no_other_question_about_the_same_image(reference, tmp_pa
 def test_duplicates_and_strangers_are_counted_and_named(questions, tmp_path):
     file = tmp_path / "answers.jsonl"
     rows = [{"question_id": name, "prompt": "", "text": "x"} for name in (0, 0, 1, 99)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(file, rows)
     result = run(app, ["score", "contains", "--questions", str(questions), "--predictions", str(file)])
     assert result.exit_code == 0
     for line in ("answered twice: 1 (0)", "answers without a question: 1 (99)", "questions without an answer: 7"):
@@ -429,8 +476,8 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
     talk.reply = lambda body: None if "this and this and this and this" in str(body["messages"]) else "X marks it"
     command = build_command(None, questions, tmp_path / "results", "--server", talk.url)
     result = run(app, command)
-    assert result.exit_code == 3 and "2 requests failed and are not scored" in result.output
-    answered = [row["question_id"] for row in read_lines(tmp_path / "results" / "predictions.jsonl")]
+    assert result.exit_code == 3 and "2 requests failed" in result.output
+    answered = [row["question_id"] for row in read_json_lines(tmp_path / "results" / "predictions.jsonl")]
     assert answered == [0, 1, 2, 4, 5, 6, 8]
     parts = next(body for body in talk.requests if "single word" in str(body))["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["image_url", "text"]
@@ -446,13 +493,13 @@ def test_a_server_is_asked_with_retries_and_its_errors_are_never_scored(talk, qu
 )
 def test_options_of_a_local_model_are_refused_with_a_server(questions, tmp_path, option):
     result = run(app, build_command(None, questions, tmp_path, "--server", "http://127.0.0.1:9/v1", *option.split()))
-    assert result.exit_code == 3 and f"{option.split()[0]}: the server decides that" in result.output
+    assert result.exit_code == 3 and f"error: {option.split()[0]}:" in result.output
 
 
 def test_a_review_without_references_is_refused_before_anything_is_asked(talk, questions, tmp_path):
     command = ["eval", "--server", talk.url, "--task", "gpt-review", "--questions", str(questions)]
     refused = run(app, [*command, "--output", str(tmp_path / "results"), "--judge-url", talk.url])
-    assert refused.exit_code == 3 and "needs --references FILE" in refused.output
+    assert refused.exit_code == 3 and "--references" in refused.output
     assert not talk.requests and not (tmp_path / "results").exists()
 
 
@@ -484,4 +531,4 @@ def test_a_judge_is_asked_once_and_no_reply_is_lost(talk, reference, tmp_path):
     short.write_text("".join((room / "text_answers_ref.jsonl").read_text().splitlines(keepends=True)[1:]))
     command[command.index("--references") + 1] = str(short)
     refused = run(app, command)
-    assert refused.exit_code == 3 and "line 1 of" in refused.output and "not about one question" in refused.output
+    assert refused.exit_code == 3 and f"line 1 of {room}" in refused.output and "short.jsonl" in refused.output

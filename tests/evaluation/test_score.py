@@ -8,7 +8,8 @@ from test_metrics import assert_equal
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
-from convllava_hf.evaluation.tasks import read_rows, score_task
+from convllava_hf.evaluation.files import read_rows, write_json_lines
+from convllava_hf.evaluation.tasks import score_task
 
 
 REQUESTS = {"llava_text", "llava_visual", "llava_bench", "llavar_visual", "tinyllava_bench"}
@@ -87,7 +88,7 @@ def test_where_the_original_stops_the_error_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 0, "text": "no"}\n')
     command = ["score", "pope", "--questions", str(tmp_path / "q.jsonl"), "--annotations", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, "--predictions", str(tmp_path / "a.jsonl"), "--json"])
-    assert result.exit_code == 3 and "the original's code stops here: ZeroDivisionError" in result.stderr
+    assert result.exit_code == 3 and "ZeroDivisionError" in result.stderr
     assert json.loads(result.stdout)["error"].startswith("ZeroDivisionError")
 
 
@@ -103,14 +104,14 @@ def test_questions_of_mme_without_an_answer_are_named(reference, tmp_path):
 
 def test_files_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 0}\n{"question_id"')
-    for task, message in (("mmvet", "line 2"), ("nonsense", "expected one of"), ("gqa", "is missing")):
+    for task, message in (("mmvet", "line 2"), ("nonsense", "'nonsense'"), ("gqa", "--annotations")):
         result = CliRunner().invoke(app, ["score", task, "--predictions", str(tmp_path / "a.jsonl")])
         assert result.exit_code == 3 and message in result.output
 
 
 def score_lines(tmp_path, task, questions, answers, *more):
     for name, rows in (("q.jsonl", questions), ("a.jsonl", answers)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(tmp_path / name, rows)
     command = ["score", task, "--predictions", str(tmp_path / "a.jsonl"), *map(str, more)]
     return CliRunner().invoke(app, [*command, *(["--questions", str(tmp_path / "q.jsonl")] if questions else [])])
 
@@ -150,7 +151,7 @@ def test_an_answer_of_mme_with_a_line_break_is_scored_by_ours(reference, tmp_pat
 
 
 def write(folder, rows):
-    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "answers.jsonl", rows)
     return folder / "answers.jsonl"
 
 

@@ -25,13 +25,18 @@ def test_tokens_are_those_of_the_cpu(load_model, batch, put):
     assert load_model().generate(**put(batch), **TOKENS).tolist() != expected.tolist()
 
 
-def test_compiled_decode_gives_eager_tokens(load_model, batch, put):
+def test_compiled_decode_gives_eager_tokens(device, load_model, batch, put):
     """A static cache makes `generate` compile the decoding step on an accelerator."""
+    import torch
+
     del batch["labels"]
     model = load_model()
     expected = model.generate(**put(batch), **TOKENS)
+    torch._dynamo.utils.counters.clear()
     found = model.generate(**put(batch), **TOKENS, cache_implementation="static")
     assert found.tolist() == expected.tolist()
+    if device.type == "cuda":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "eager was compared with itself"
 
 
 def test_compiled_tower_gives_eager_features(load_model, batch, put):

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .ask import DtypeOption, ImageTokensOption, QuantizeOption, RuntimeOption, TrustOption, load_model
+from .ask import (
+    DeviceOption,
+    DtypeOption,
+    ImageTokensOption,
+    QuantizeOption,
+    RuntimeOption,
+    TemperatureOption,
+    TrustOption,
+    load_model,
+)
 from .options import JsonOption, RevisionOption, print_json, print_report, report_errors
 
 
@@ -56,12 +65,15 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=1, help="Longest answer. [default: the original's]")
     ] = None,
     max_image_tokens: ImageTokensOption = None,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the most likely token.")] = 0.0,
+    temperature: TemperatureOption = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of sampling.")] = 0,
+    draft_photos: Annotated[
+        bool, typer.Option("--draft-photos", help="Let the JPEG decoder shrink large photos: faster, other pixels.")
+    ] = False,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Count such questions as not answered instead of stopping.")
     ] = False,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
+    device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
     runtime: RuntimeOption = None,
@@ -93,26 +105,31 @@ def evaluate(
       convllava eval --rescore RESULTS
     """
     with report_errors():
+        from datetime import timedelta
         from functools import partial
 
+        from ..evaluation import results as folders
         from ..evaluation import run
 
         if rescore is not None:
-            report(run.rescore(rescore, questions, annotations), rescore, as_json)
+            report(folders.rescore(rescore, questions, annotations), rescore, as_json)
             return
         if (checkpoint is None) == (server is None):
             raise ValueError("give either a checkpoint, or --server URL (or --rescore DIR).")
         if task is None or questions is None or output is None:
             raise ValueError("--task, --questions and --output are needed; see `convllava eval --help`.")
+        from accelerate import PartialState
+
         settings = {"temperature": temperature, "seed": seed, "max_image_tokens": max_image_tokens}
-        rank, world, wait = 0, 1, lambda: None
+        # Processes wait for the slowest, however long its share takes.
+        state = PartialState(cpu=device == "cpu" or server is not None, timeout=timedelta(weeks=1))
         if server is not None:
             local = {
-                **{"max-image-tokens": max_image_tokens, "device": device, "dtype": dtype != "auto" or None},
+                **{"max-image-tokens": max_image_tokens, "device": device, "dtype": dtype != "auto"},
                 **{"quantize": quantize, "runtime": runtime, "revision": revision},
-                "trust-remote-code": trust_remote_code or None,
+                **{"trust-remote-code": trust_remote_code, "draft-photos": draft_photos},
             }
-            if given := [f"--{name}" for name, value in local.items() if value is not None]:
+            if given := [f"--{name}" for name, value in local.items() if value]:
                 raise ValueError(f"{', '.join(given)}: the server decides that; give it where the server is started.")
             from ..evaluation.client import connect, find_model, make_server_answerer
 
@@ -124,25 +141,27 @@ def evaluate(
                 return make_server_answerer(client, name, images, style, longest, options)
 
         else:
-            from accelerate import PartialState
+            from ..evaluation.answering import make_local_answerer
 
-            state = PartialState(cpu=device == "cpu")
-            rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
-            name, mark = checkpoint, run.hash_checkpoint(checkpoint, revision)
-            place = device or (str(state.device) if world > 1 and runtime is None else None)
-            settings |= {"dtype": dtype, "quantize": quantize, "runtime": runtime}
+            name, mark = checkpoint, folders.hash_checkpoint(checkpoint, revision)
+            place = device or (str(state.device) if state.num_processes > 1 and runtime is None else None)
+            settings |= {"draft_photos": draft_photos or None, "dtype": dtype, "quantize": quantize, "runtime": runtime}
 
             def make(style, longest, options):
                 loaded = load_model(
                     checkpoint, place, dtype, quantize, None, revision, trust_remote_code, None, runtime
                 )
-                return run.make_local_answerer(*loaded, images, style, longest, options)
+                return make_local_answerer(*loaded, images, style, longest, options)
 
         judge = None
         if judge_url is not None:
             if references is None or (context is None and review_kind != "text"):
                 raise ValueError("a review needs --references FILE, and --context FILE unless --review-kind text.")
-            judge = partial(review_answers, judge_url, judge_model, questions, references, context, review_kind, limit)
+            from ..evaluation.client import connect
+            from ..evaluation.judge import review_answers
+
+            files = (questions, references, context)
+            judge = partial(review_answers, connect(judge_url), *files, review_kind, judge_model, limit)
         results = run.evaluate(
             task,
             questions,
@@ -158,13 +177,11 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             skip_bad_images=skip_bad_images,
             settings=settings,
-            rank=rank,
-            world=world,
-            wait=wait,
+            state=state,
             whole_batches=server is None,
             judge=judge,
         )
-        if rank == 0:
+        if state.is_main_process:
             report(results, output, as_json)
             unread = results["problems"].get("images that cannot be read")
             if unread and not skip_bad_images:
@@ -174,35 +191,6 @@ def evaluate(
                 )
             if failed := results["problems"].get("requests that failed"):
                 raise ValueError(f"{failed['count']} requests failed and are not scored; the same command asks again.")
-
-
-def review_answers(url, model, questions, references, context, kind, limit, predictions, output) -> dict:
-    """Has a judge review the answers; results of it go beside them."""
-    from itertools import zip_longest
-
-    from ..evaluation.client import Judge, connect, judge_answers
-    from ..evaluation.gpt_review import JUDGES, build_requests
-    from ..evaluation.scores import read_json_lines
-
-    answered = {row["question_id"]: row for row in predictions}
-    rows = list(zip_longest(read_json_lines(questions)[:limit], read_json_lines(references)[:limit]))
-    for number, (question, reference) in enumerate(rows, 1):
-        if question is None or reference is None or question["question_id"] != reference["question_id"]:
-            raise ValueError(
-                f"line {number} of {questions} and of {references} are not about one question; they belong together by "
-                "their order, as in the original."
-            )
-    pairs = [(question, reference) for question, reference in rows if question["question_id"] in answered]
-    built = build_requests(
-        [question for question, _ in pairs],
-        [reference for _, reference in pairs],
-        [answered[question["question_id"]] for question, _ in pairs],
-        read_json_lines(context) if context else [],
-        kind,
-        model,
-    )
-    told = judge_answers(Judge(connect(url), output / "judge_replies.jsonl"), built, output)
-    return {"model": model or JUDGES[kind], "kind": kind, **told}
 
 
 def report(results: dict, folder: Path, as_json: bool) -> None:
@@ -300,11 +288,12 @@ def write_report(
     """
     with report_errors():
         from ..evaluation import report as page
+        from ..evaluation.files import write_text
 
         if out is None and card is None:
             raise ValueError("give --out FILE for a page, --card CHECKPOINT for the model card, or both.")
         if out is not None:
-            page.write_report(folders, out, wrong)
+            write_text(out, page.render_report(folders, wrong))
             print(f"wrote {out}")
         if card is not None:
             print(f"wrote {page.add_to_card(folders, card)} numbers into {card / 'README.md'}")
@@ -336,8 +325,7 @@ def convert(
         import json
 
         from ..evaluation import converters
-        from ..evaluation.scores import read_json
-        from ..evaluation.tasks import read_rows
+        from ..evaluation.files import read_json, read_rows, write_json_lines
 
         if kind == "images":
             count, bad = converters.convert_images(source)
@@ -352,14 +340,14 @@ def convert(
             raise ValueError("--out FILE is needed.")
         if kind == "mixture":
             rows = converters.list_questions(read_rows(source))
-            converters.write_json_lines(rows, out)
+            write_json_lines(out, rows)
         else:
             splits = read_json(source / "pid_splits.json")
             if split not in splits:
                 raise ValueError(f"--split {split}; expected one of {', '.join(splits)}.")
             rows = converters.convert_scienceqa(read_json(source / "problems.json"), splits[split], prompt_format)
             if out.suffix == ".jsonl":
-                converters.write_json_lines(converters.list_instructions(rows), out)
+                write_json_lines(out, converters.list_instructions(rows))
             else:
                 out.write_text(json.dumps(rows, indent=2), encoding="utf-8")
         print(f"wrote {len(rows)} rows to {out}")
@@ -373,7 +361,7 @@ def ground(
     out: Annotated[
         Path, typer.Option("--output", "--out", "-o", metavar="FILE", help="Image to write.", show_default=False)
     ],
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Such as cpu or cuda:1. [default: best]")] = None,
+    device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ):

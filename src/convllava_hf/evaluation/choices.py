@@ -3,7 +3,7 @@
 import csv
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from .scores import Outcome, Score, join_answers, mean_of, score_means
@@ -64,9 +64,8 @@ def score_scienceqa(problems_file: dict[str, dict], split: list[str], answers: l
 
     Source: as above, and lupantech/ScienceQA, `tools/evaluate_acc.py`.
     """
-    issues, outcomes, indices = defaultdict(list), [], {}
-    found = join_answers(answers, split, issues)
-    llava, llavar = {}, {}
+    found, issues = join_answers(answers, split)
+    outcomes, indices, llava, llavar = [], {}, {}, {}
     for name in split:
         problem = problems_file[name]
         answer = found.get(name)
@@ -160,10 +159,9 @@ def score_seed(annotations: dict, answers: list[dict]) -> Score:
 
     Source: haotian-liu/LLaVA, `scripts/convert_seed_for_submission.py`.
     """
-    problems, outcomes = defaultdict(list), []
-    names = {number: name for name, number in annotations["question_type"].items()}
+    outcomes, names = [], {number: name for name, number in annotations["question_type"].items()}
     ids = [_read_seed_id(question["question_id"]) for question in annotations["questions"]]
-    found = join_answers(answers, ids, problems)
+    found, problems = join_answers(answers, ids)
     for name, question in zip(ids, annotations["questions"], strict=True):
         text = found[name]["text"] if name in found else ""
         letter = find_letter(text, 4)
@@ -291,8 +289,8 @@ def convert_mmbench(rows: list[dict], answers: list[dict]) -> Score:
 
     Source: haotian-liu/LLaVA, `scripts/convert_mmbench_for_submission.py`.
     """
-    problems, outcomes, table = defaultdict(list), [], []
-    found = join_answers(answers, [row["index"] for row in rows], problems)
+    found, problems = join_answers(answers, [row["index"] for row in rows])
+    outcomes, table = [], []
     left_out = {"hint", "category", "source", "image", "comment", "l2-category"}
     columns = [column for column in (rows[0] if rows else {}) if column not in left_out]
     columns.insert(6, "prediction")

@@ -1,11 +1,11 @@
 """Files of other projects made into question and training files: ScienceQA, OCR-VQA's images, mixtures."""
 
-import json
 import re
 from pathlib import Path
 
 from ..images import load_image
 from .choices import LETTERS
+from .questions import drop_placeholders
 
 
 INPUTS = "CQM QCM QCML QCME QCMLE QCLM QCEM QCLEM".split()
@@ -141,13 +141,9 @@ def list_questions(rows: list[dict]) -> list[dict]:
             question = {"question_id": f"{name}-{place // 2}" if len(turns) > 2 else name}
             if row.get("image"):
                 question["image"] = row["image"]
-            text = re.sub(r"\s*<image>\s*", "\n", turns[place]["value"]).strip()
+            text = drop_placeholders(turns[place]["value"])
             question |= {"text": text, "answer": turns[place + 1]["value"]}
             if "category" in row:
                 question["category"] = row["category"]
             questions.append(question)
     return questions
-
-
-def write_json_lines(rows: list[dict], file: Path) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

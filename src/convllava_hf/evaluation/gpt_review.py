@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .scores import Outcome, Score, Statistic, read_json, read_json_lines
+from .files import read_json, read_json_lines
+from .scores import Outcome, Score, Statistic
 
 
-RULES = Path(__file__).with_name("review_rules.json")
+RULES = Path(__file__).with_name("review_rules.json")  # category -> what LLaVA and LLaVAR tell the judge
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 # The judge that each of the original scripts asks.
 JUDGES = {"text": "gpt-4", "visual": "gpt-4-0314", "bench": "gpt-4-0314", "llavar": "GPT4"}
@@ -25,8 +26,6 @@ def build_requests(
     context: list[dict] = (),
     kind: str = "visual",
     judge: str | None = None,
-    max_tokens: int = 1024,
-    rules: dict | None = None,
 ) -> list[dict]:
     """What the judge is asked, one request per question.
 
@@ -36,8 +35,6 @@ def build_requests(
         context: `image`, and `captions` with `instances` (`category`, `bbox`), or `caption` (bench).
         kind: `"text"` (no images), `"visual"`, `"bench"` (LLaVA-Bench in the wild) or `"llavar"`.
         judge: name of the model. Default: the one of the original script.
-        max_tokens: longest reply.
-        rules: category -> `role`, `prompt`. Default: those of LLaVA and LLaVAR.
 
     Returns:
         `review` (`id`, `question_id`, `answer1_id`, `answer2_id`, `category`) and `request` (`judge`, `messages`,
@@ -52,7 +49,7 @@ def build_requests(
     """
     if kind not in JUDGES:
         raise ValueError(f"kind={kind!r}; expected one of {', '.join(JUDGES)}.")
-    rules = read_json(RULES) if rules is None else rules
+    rules = read_json(RULES)
     known = {row["image"]: row for row in context}
     requests = []
     for number, (question, first, second) in enumerate(zip(questions, references, answers, strict=False), 1):
@@ -79,7 +76,7 @@ def build_requests(
             "category": category,
         }
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        request = {"judge": judge or JUDGES[kind], "messages": messages, "temperature": 0.2, "max_tokens": max_tokens}
+        request = {"judge": judge or JUDGES[kind], "messages": messages, "temperature": 0.2, "max_tokens": 1024}
         requests.append({"review": review, "request": request})
     return requests
 
@@ -109,19 +106,16 @@ def read_scores(reply: str) -> list[float] | None:
     return numbers if len(numbers) == 2 and all(0 <= number <= 10 for number in numbers) else None
 
 
-def summarise_reviews(reviews: list[dict], ignore: list[int] = ()) -> dict[str, list[float]]:
+def summarise_reviews(reviews: list[dict]) -> dict[str, list[float]]:
     """Category -> mean scores of both sides, to three decimals; failures count as -1, as in the original.
 
     Args:
         reviews: rows with `tuple` (or the older `score`) and, where known, `category`.
-        ignore: question ids to leave out.
 
     Source: haotian-liu/LLaVA, `llava/eval/summarize_gpt_review.py`.
     """
     groups = defaultdict(list)
     for review in reviews:
-        if review["question_id"] in ignore:
-            continue
         pair = review["tuple"] if "category" in review or "tuple" in review else review["score"]
         if "category" in review:
             groups[review["category"]].append(pair)
@@ -129,26 +123,12 @@ def summarise_reviews(reviews: list[dict], ignore: list[int] = ()) -> dict[str, 
     return {name: [round(x, 3) for x in np.asarray(pairs).mean(0).tolist()] for name, pairs in groups.items()}
 
 
-def print_summary(
-    files: list[Path], ignore: list[int] = (), version: str | None = None, select: list[str] | None = None
-) -> list[str]:
-    """The lines that LLaVA's script prints for files of reviews.
-
-    Args:
-        files: JSON Lines of reviews.
-        ignore: question ids to leave out.
-        version: `"0613"` or `"0314"`, of the judge, as the file's name tells it.
-        select: parts that the file's name must have.
-    """
+def print_summary(files: list[Path]) -> list[str]:
+    """The lines that LLaVA's script prints for files of reviews, in JSON Lines."""
     lines = []
     for file in sorted(files, key=str):
-        name = Path(file).name.replace("gpt4_text_", "").replace(".jsonl", "")
-        if any(part not in name for part in select or []):
-            continue
-        if version is not None and version != ("0613" if "0613" in name else "0314"):
-            continue
-        lines.append(name)
-        for category, (first, second) in sorted(summarise_reviews(read_json_lines(file), ignore).items()):
+        lines.append(Path(file).name.replace("gpt4_text_", "").replace(".jsonl", ""))
+        for category, (first, second) in sorted(summarise_reviews(read_json_lines(file)).items()):
             lines.append(f"{category} {round(second / first * 100, 1)} {round(first * 10, 1)} {round(second * 10, 1)}")
         lines.append("=================================")
     return lines

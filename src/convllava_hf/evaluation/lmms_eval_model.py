@@ -10,17 +10,23 @@ from collections import defaultdict
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import eval_logger
+from PIL import ImageFile
 from tqdm import tqdm
 
 from ..inference.load import load
 from ..registration import register
+from .answering import make_local_answerer
 from .grounding import PROMPT, parse_box, place_box
-from .run import make_local_answerer
-from .tasks import PROMPT_STYLES, Question
+from .questions import PROMPT_STYLES, Question
 
 
 # How its RefCOCO tasks end their prompt; what stands before describes boxes of the image without padding.
 DESCRIBED = re.compile(r"region this sentence describes: (.*?)\.?\s*$", re.DOTALL)
+
+
+# How an answer begins that is none.
+UNREAD = "[CONVLLAVA_IMAGE_UNREADABLE]"
 
 
 def describe() -> ModelManifest:
@@ -63,12 +69,24 @@ class ConvLlavaEval(lmms):
         """Answers to chat requests, in their order.
 
         RefCOCO is asked with the prompt of the training, and boxes come back as fractions of the unpadded image, which
-        is what these tasks compare.
+        is what these tasks compare. A question whose image cannot be read gets `UNREAD` with the reason, and is named
+        in the log.
         """
-        groups = defaultdict(list)
+        filled, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval fills with grey
+        try:
+            return self._answer_all(requests)
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = filled
+
+    def _answer_all(self, requests) -> list[str]:
+        groups, unread = defaultdict(list), {}
         for index, request in enumerate(requests):
             _, make_messages, options, doc_id, task, split = request.args
-            chat = ChatMessages(messages=make_messages(self.task_dict[task][split][doc_id]))
+            try:
+                chat = ChatMessages(messages=make_messages(self.task_dict[task][split][doc_id]))
+            except OSError as error:  # an image that is missing or broken, which the task opens
+                unread[index] = error
+                continue
             images = chat.extract_media()[0]
             text = "\n".join(
                 part.text for turn in chat.messages for part in turn.content if part.type == "text"
@@ -81,23 +99,27 @@ class ConvLlavaEval(lmms):
         answers = [""] * len(requests)
         progress = tqdm(total=len(requests), unit=" samples", disable=self.rank > 0)
         for (settings, _, _), members in groups.items():
+            chosen = {"temperature": settings[1], "max_image_tokens": self.max_image_tokens}
+            answer_batch = make_local_answerer(*self.loaded, None, self.style, settings[0], chosen)
             for start in range(0, len(members), self.batch_size_per_gpu):
                 batch = members[start : start + self.batch_size_per_gpu]
-                for (index, _, _, size, options), answer in zip(batch, self._answer(batch, *settings), strict=True):
+                found = answer_batch([Question(index, text, text, images) for index, text, images, _, _ in batch])
+                for (index, _, _, size, options), answer in zip(batch, found, strict=True):
+                    if isinstance(answer, Exception):
+                        unread[index] = answer
+                        continue
                     for stop in options.get("until") or []:
                         answer = answer.split(stop)[0] if stop else answer
                     answers[index] = convert_box(answer, *size) if size else answer
                 progress.update(len(batch))
         progress.close()
-        return answers
-
-    def _answer(self, batch: list[tuple], max_new_tokens: int, temperature: float) -> list[str]:
-        settings = {"temperature": temperature, "max_image_tokens": self.max_image_tokens}
-        answer = make_local_answerer(*self.loaded, None, self.style, max_new_tokens, settings)
-        answers = answer([Question(index, text, text, list(images)) for index, text, images, _, _ in batch])
-        for text in answers:
-            if isinstance(text, Exception):  # an image that cannot be read, which must not be scored
-                raise text
+        for index, error in sorted(unread.items()):  # lmms-eval knows no missing answers: it scores this text
+            answers[index] = f"{UNREAD} {error}"
+            eval_logger.error(f"No answer to question {requests[index].args[3]} of {requests[index].args[4]}: {error}")
+        if unread:
+            eval_logger.error(
+                f"{len(unread)} of {len(requests)} questions have no answer; they are scored as {UNREAD}."
+            )
         return answers
 
     def loglikelihood(self, requests):

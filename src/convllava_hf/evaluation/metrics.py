@@ -48,8 +48,8 @@ def score_pope(questions: list[dict], answers: list[dict], labels: dict[str, lis
     Source: haotian-liu/LLaVA, `llava/eval/eval_pope.py`.
     """
     category_of = {question["question_id"]: question["category"] for question in questions}
-    problems, original, outcomes = defaultdict(list), {"categories": {}, "parsed": {}}, []
-    joined = join_answers(answers, [question["question_id"] for question in questions], problems)
+    joined, problems = join_answers(answers, [question["question_id"] for question in questions])
+    original, outcomes = {"categories": {}, "parsed": {}}, []
     if problems["answers without a question"]:
         original["error"] = f"KeyError: {problems['answers without a question'][0]}"
     pairs, read = {"original": {}, "ours": defaultdict(list)}, []
@@ -235,8 +235,7 @@ def convert_vqav2(questions: list[dict], answers: list[dict], error_lines: int =
 
     Source: haotian-liu/LLaVA, `scripts/convert_vqav2_for_submission.py`.
     """
-    problems = defaultdict(list)
-    found = join_answers(answers, [question["question_id"] for question in questions], problems)
+    found, problems = join_answers(answers, [question["question_id"] for question in questions])
     submission = [
         {
             "question_id": question["question_id"],
@@ -252,8 +251,7 @@ def convert_vizwiz(questions: list[dict], answers: list[dict], error_lines: int 
 
     Source: haotian-liu/LLaVA, `scripts/convert_vizwiz_for_submission.py`.
     """
-    problems = defaultdict(list)
-    found = join_answers(answers, [question["question_id"] for question in questions], problems)
+    found, problems = join_answers(answers, [question["question_id"] for question in questions])
     if problems["questions without an answer"]:
         return Score(
             {"error": f"AssertionError: no answer to question {problems['questions without an answer'][0]!r}"},
@@ -282,11 +280,10 @@ def score_gqa(truths: dict[str, dict], answers: list[dict]) -> Score:
 
     Source: haotian-liu/LLaVA, `scripts/convert_gqa_for_eval.py`; the comparison is GQA's.
     """
-    problems = defaultdict(list)
     predictions = [
         {"questionId": answer["question_id"], "prediction": answer["text"].rstrip(".").lower()} for answer in answers
     ]
-    found = join_answers(answers, truths, problems)
+    found, problems = join_answers(answers, truths)
     said = {row["questionId"]: row["prediction"] for row in predictions}
     exact, outcomes = {}, []
     for name, row in truths.items():
@@ -302,8 +299,7 @@ def convert_mmvet(answers: list[dict]) -> Score:
 
     Source: haotian-liu/LLaVA, `scripts/convert_mmvet_for_eval.py`.
     """
-    problems = defaultdict(list)
-    found = join_answers(answers, [answer["question_id"] for answer in answers], problems)
+    found, problems = join_answers(answers, [answer["question_id"] for answer in answers])
     problems.pop("asked twice")
     return Score({"results": {f"v1_{name}": answer["text"] for name, answer in found.items()}}, problems=problems)
 
@@ -377,8 +373,8 @@ def score_plain(comparison: str, truths: dict, answers: list[dict], categories: 
         answers: of the model.
         categories: question id -> group.
     """
-    problems, outcomes = defaultdict(list), []
-    found = join_answers(answers, truths, problems)
+    found, problems = join_answers(answers, truths)
+    outcomes = []
     for name, truth in truths.items():
         accepted = [str(text) for text in (truth if isinstance(truth, list) else [truth])]
         said = found[name]["text"] if name in found else ""

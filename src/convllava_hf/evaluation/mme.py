@@ -121,11 +121,6 @@ def _list_numbers(images: dict[str, list]) -> dict[str, tuple[Statistic, Statist
     }
 
 
-def list_mme_lines(text: str) -> list[str]:
-    """The lines of a file of MME as reading it gives them: an answer that has line breaks makes several."""
-    return io.StringIO(text, newline=None).readlines()
-
-
 def score_mme_answers(truths: dict, answers: list[dict], asked: dict | None = None) -> Score:
     """MME from a model's answers: the original by the files that they make, ours by question.
 
@@ -138,7 +133,8 @@ def score_mme_answers(truths: dict, answers: list[dict], asked: dict | None = No
     """
     texts = convert_mme(truths, answers)
     try:
-        score = score_mme({name: list_mme_lines(text) for name, text in texts.items()})
+        # An answer that has line breaks makes several lines.
+        score = score_mme({name: io.StringIO(text, newline=None).readlines() for name, text in texts.items()})
     except ValueError as error:
         score = Score({"error": str(error)})
     score.original["converter"] = {f"{name}.txt": text for name, text in texts.items()}

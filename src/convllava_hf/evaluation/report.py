@@ -1,17 +1,18 @@
 """One HTML page about evaluations: numbers beside the published ones, intervals, categories, wrong answers."""
 
-import html
-import os
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
+from jinja2 import Environment
 
 from ..checkpoints.cards import read_facts
 from ..images import encode_thumbnail, load_image
+from .answering import open_images
+from .files import read_json, read_json_lines, read_rows
 from .grounding import draw_boxes, parse_box, place_box
-from .run import open_images
-from .scores import read_json, read_json_lines
-from .tasks import PROMPT_STYLES, find_task, read_rows
+from .questions import PROMPT_STYLES
+from .results import hash_checkpoint
+from .tasks import find_task
 
 
 # Task -> label of the published results, and the number of ours that stands beside it.
@@ -31,30 +32,7 @@ PUBLISHED = {
 }
 REFCOCO = {"refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refcoco": "RefCOCO"}
 THUMBNAIL = 420  # pixels
-STYLE = """
-:root { color-scheme: light; --line: #d8d8d4; --soft: #5d5f63; --ink: #1c1d20; --mark: #2b6cb0; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1.2rem; color: var(--ink);
-  background: #fff; }
-h1 { font-size: 1.35rem; margin: .4rem 0 1rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); } h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; } .soft { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-.bar { display: grid; grid-template-columns: minmax(7rem, 25%) 1fr 3.4rem; gap: .6rem; align-items: center;
-  margin: .2rem 0; }
-.bar span { overflow-wrap: anywhere; } .bar .number { text-align: right; font-variant-numeric: tabular-nums; }
-.track { position: relative; background: #eef0f2; height: .9rem; border-radius: 2px; }
-.fill { position: absolute; inset: 0 auto 0 0; background: var(--mark); border-radius: 2px; }
-.range { position: absolute; top: 40%; height: 20%; background: #10253f; }
-.wrong { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 4px; overflow: hidden; }
-figure img { width: 100%; display: block; background: #f4f4f2; max-height: 18rem; object-fit: contain; }
-figcaption { padding: .5rem .7rem; font-size: .86rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-.warn { background: #fff6df; padding: .5rem .8rem; border-radius: 4px; margin: .4rem 0; }
-.truth { color: #17643a; } .said { color: #a1261f; }
-"""
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def find_published(task: str, run: dict) -> tuple[dict[str, float], str]:
@@ -88,113 +66,60 @@ def render_report(folders: list[Path], wrong: int = 24) -> str:
     for folder in folders:
         if not (folder / "results.json").is_file():
             raise ValueError(f"{folder} has no results.json; expected a folder of `convllava eval`.")
-        runs.append((folder, read_json(folder / "results.json"), read_json(folder / "run.json")))
-    body = ["<h1>Evaluation</h1>", render_overview(runs)]
-    for folder, results, run in runs:
-        body.append(render_run(folder, results, run, wrong))
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    head += f"<title>Evaluation</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def render_overview(runs: list[tuple]) -> str:
-    """Every run's first number, by both rules, beside the published ones."""
-    rows = []
-    for folder, results, run in runs:
+        results, run = read_json(folder / "results.json"), read_json(folder / "run.json")
         published, name = find_published(results["task"], run)
-        numbers = results["numbers"].get(name) or next(iter(results["numbers"].values()), {})
-        others = "; ".join(f"{model} {value:g}" for model, value in published.items()) or "none"
-        cells = [folder.name, *(format_number(numbers, rule) for rule in ("ours", "original"))]
-        cells += [results["questions"], results["task"], results["model"]]
-        rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
-        rows[-1] += f"<td class='soft' style='white-space: normal; min-width: 16rem'>{html.escape(others)}</td>"
-    head = "".join(
-        f"<th>{cell}</th>" for cell in ("run", "our rule", "original's rule", "questions", "task", "model", "published")
-    )
-    note = "In brackets: the middle 95% of resampled questions. Published: as the READMEs of the originals say."
-    table = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<div class='scroll'><table><tr>{head}</tr>{table}</table></div><p class='soft'>{note}</p>"
+        first = results["numbers"].get(name) or next(iter(results["numbers"].values()), {})
+        bars = [measure_bar(*item) for item in results["numbers"].items()]
+        outcomes = read_json_lines(folder / "outcomes.jsonl") if Path(run["questions"]).is_file() else []
+        outcomes = [row for row in outcomes if row["ours"] is not None and row["ours"] < 0.5]
+        shown = {"results": results, "published": published, "first": first, "bars": bars, "all_wrong": len(outcomes)}
+        runs.append({"name": folder.name, "wrong": list_wrong(folder, run, outcomes[:wrong]), **shown})
+    page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return page.render(runs=runs)
 
 
-def format_number(numbers: dict, rule: str) -> str:
-    value, interval = numbers.get(rule), numbers.get(f"{rule}_interval")
-    if value is None:
-        return ""
-    return f"{value:.1f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
-
-
-def render_run(folder: Path, results: dict, run: dict, wrong: int) -> str:
-    settings = ", ".join(f"{key}: {value}" for key, value in results["asked"].items() if key != "settings")
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    parts = [f"<h2>{html.escape(folder.name)}: {html.escape(results['task'])}</h2>"]
-    parts.append(f"<p class='soft'>{html.escape(settings)}<br>{html.escape(versions)}</p>")
-    for kind, found in results["problems"].items():
-        line = f"{kind}: {found['count']} ({', '.join(map(str, found['first']))})"
-        parts.append(f"<p class='warn'>{html.escape(line)}</p>")
-    parts += [render_bar(name, numbers) for name, numbers in results["numbers"].items()]
-    parts.append(render_wrong(folder, run, wrong))
-    return "".join(parts)
-
-
-def render_bar(name: str, numbers: dict) -> str:
+def measure_bar(name: str, numbers: dict) -> dict:
+    """A number as a bar: where it ends and its interval lies, in percent of the whole."""
     rule = "ours" if "ours" in numbers else "original"
-    value, interval = numbers[rule], numbers.get(f"{rule}_interval") or [0, 0]
+    low, high = numbers.get(f"{rule}_interval") or (0, 0)
     full = next((int(words.rstrip(")")) for words in name.split("(of ")[1:]), 100)
-    left, width, end = (100 * number / full for number in (interval[0], interval[1] - interval[0], value))
-    marks = f"<div class='fill' style='width: {min(end, 100):.2f}%'></div>"
-    marks += f"<div class='range' style='left: {left:.2f}%; width: {max(width, 0):.2f}%'></div>"
-    label = html.escape(name.removeprefix("category: "))
-    track = f"<div class='track'>{marks}</div><span class='number'>{value:.1f}</span>"
-    return f"<div class='bar'><span>{label}</span>{track}</div>"
+    places = {"left": low, "width": max(high - low, 0), "end": min(numbers[rule], full)}
+    places = {key: round(100 * number / full, 2) for key, number in places.items()}
+    return {"name": name.removeprefix("category: "), "value": numbers[rule], **places}
 
 
-def render_wrong(folder: Path, run: dict, most: int) -> str:
+def list_wrong(folder: Path, run: dict, outcomes: list[dict]) -> list[dict]:
     """Wrong answers with their images; of RefCOCO the target in green and the answer in red."""
-    outcomes = read_json_lines(folder / "outcomes.jsonl")
-    outcomes = [row for row in outcomes if row["ours"] is not None and row["ours"] < 0.5]
-    if not outcomes or not Path(run["questions"]).is_file():
-        return ""
-    name, style = run["asked"]["task"], PROMPT_STYLES[run["asked"]["prompt_style"]]
-    asked = find_task(name)[1].read(Path(run["questions"]), style)
-    questions = {(str(q.question_id), q.prompt): q for q in asked}
-    questions |= {str(q.question_id): q for q in asked}
+    if not outcomes:
+        return []
+    name, style, file = run["asked"]["task"], PROMPT_STYLES[run["asked"]["prompt_style"]], Path(run["questions"])
+    asked = find_task(name)[1].read(file, style)
+    questions = {(str(q.question_id), q.prompt): q for q in asked} | {str(q.question_id): q for q in asked}
     predictions = read_json_lines(folder / "predictions.jsonl")
-    said = {str(row["question_id"]): row["text"] for row in predictions}
-    boxes = read_rows(Path(run["questions"])) if name == "refcoco" else []
+    answers = {str(row["question_id"]): row["text"] for row in predictions}
+    targets = [row["bbox"] for row in read_rows(file)] if name == "refcoco" else None
     figures = []
-    for outcome in outcomes[:most]:
-        question = questions.get(str(outcome["question_id"]))
-        answer = said.get(str(outcome["question_id"]), "no answer")
+    for outcome in outcomes:
+        key = str(outcome["question_id"])
+        question, said = questions.get(key), answers.get(key, "no answer")
         if outcome["prediction"] is not None:  # of tasks that tell questions about one image by their text
             row = predictions[outcome["prediction"]]
-            question, answer = questions.get((str(row["question_id"]), row["prompt"])), row["text"]
-        picture = ""
-        if question is not None:
-            try:
-                for source in open_images(question, run["images"] and Path(run["images"]))[:1]:
-                    image = load_image(source)
-                    if boxes:
-                        row = boxes[outcome["question_id"]]
-                        marked = {"#1a8f4a": row["bbox"]}
-                        if (box := parse_box(answer)) is not None:
-                            marked["#d42a20"] = place_box(box, image.height, image.width)
-                        image = draw_boxes(image, marked)
-                    picture = f"<img alt='' src='{encode_thumbnail(image, THUMBNAIL)}'>"
-            except ValueError:  # an image that is gone since
-                picture = "<p class='warn'>image not found</p>"
-        text = html.escape(question.prompt if question else str(outcome["question_id"]))
-        caption = f"{text}\n<span class='said'>{html.escape(answer) or '(empty)'}</span>\n"
-        caption += f"<span class='truth'>{html.escape(outcome['truth'])}</span>"
-        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-    title = f"<h3>Wrong answers: {len(figures)} of {len(outcomes)}; the answer in red, the truth in green</h3>"
-    return f"{title}<div class='wrong'>{''.join(figures)}</div>"
-
-
-def write_report(folders: list[Path], output: Path, wrong: int = 24) -> None:
-    """Writes the page; arguments as above."""
-    temporary = output.with_name(f"{output.name}.tmp")
-    temporary.write_text(render_report(folders, wrong), encoding="utf-8")
-    os.replace(temporary, output)
+            question, said = questions.get((str(row["question_id"]), row["prompt"])), row["text"]
+        figure = {"question": question.prompt if question else key, "said": said, "truth": outcome["truth"]}
+        try:
+            images = open_images(question, run["images"] and Path(run["images"])) if question else []
+            for source in images[:1]:
+                image = load_image(source)
+                if targets:
+                    boxes = {"#1a8f4a": targets[outcome["question_id"]]}
+                    if (box := parse_box(said)) is not None:
+                        boxes["#d42a20"] = place_box(box, image.height, image.width)
+                    image = draw_boxes(image, boxes)
+                figure["picture"] = encode_thumbnail(image, THUMBNAIL)
+        except ValueError:  # an image that is gone since
+            figure["lost"] = True
+        figures.append(figure)
+    return figures
 
 
 def add_to_card(folders: list[Path], checkpoint: Path) -> int:
@@ -210,8 +135,6 @@ def add_to_card(folders: list[Path], checkpoint: Path) -> int:
     Raises:
         ValueError: no card, or results of another checkpoint.
     """
-    from .run import hash_checkpoint
-
     file = checkpoint / "README.md"
     if not file.is_file():
         raise ValueError(f"{checkpoint} has no README.md; write a card first (convllava push --dry-run shows one).")

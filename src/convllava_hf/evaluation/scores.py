@@ -1,10 +1,8 @@
 """What a scorer gives: outcomes per question, numbers by the original's rule and by ours, and what was wrong."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -116,61 +114,20 @@ def score_means(original: dict, outcomes: list[Outcome], problems: dict | None =
     return Score(original, outcomes, numbers, problems or defaultdict(list))
 
 
-def join_answers(answers: list[dict], known: Iterable, problems: dict[str, list]) -> dict:
+def join_answers(answers: list[dict], known: Iterable) -> tuple[dict, dict[str, list]]:
     """Answers by the id of their question; of several the last counts, as in the originals' dictionaries.
 
     Args:
         answers: rows of a predictions file.
         known: ids of the questions.
-        problems: gets the ids that occur twice, that have no question, and that have no answer.
+
+    Returns:
+        The answers; and problems: the ids that occur twice, that have no question, and that have no answer.
     """
-    known = list(known)
-    counts = Counter(answer["question_id"] for answer in answers)
-    problems["answered twice"] += [name for name, count in counts.items() if count > 1]
-    problems["asked twice"] += [name for name, count in Counter(known).items() if count > 1]
-    questions = set(known)
-    problems["answers without a question"] += [name for name in counts if name not in questions]
-    problems["questions without an answer"] += [name for name in dict.fromkeys(known) if name not in counts]
-    return {answer["question_id"]: answer for answer in answers}
-
-
-def read_json_lines(path: Path, broken: list | None = None) -> list[dict]:
-    """Rows of a JSON Lines file.
-
-    Args:
-        path: of the file.
-        broken: gets the numbers of lines that are no JSON. Without it such a line is an error, unless it is empty.
-
-    Raises:
-        ValueError: such a line.
-    """
-    rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if broken is None and not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no object")
-                rows.append(row)
-            except ValueError as error:
-                if broken is None:
-                    raise ValueError(
-                        f"{path}, line {number}: {line[:60].strip()!r} is no JSON object. Was its writer killed? "
-                        "Remove the line, or answer again."
-                    ) from error
-                broken.append(number)
-    return rows
-
-
-def read_json(path: Path):
-    """The content of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); get it again.") from error
+    asked, said = Counter(iter(known)), Counter(answer["question_id"] for answer in answers)
+    problems = defaultdict(list)
+    problems["answered twice"] = [name for name, count in said.items() if count > 1]
+    problems["asked twice"] = [name for name, count in asked.items() if count > 1]
+    problems["answers without a question"] = [name for name in said if name not in asked]
+    problems["questions without an answer"] = [name for name in asked if name not in said]
+    return {answer["question_id"]: answer for answer in answers}, problems

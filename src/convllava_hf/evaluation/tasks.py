@@ -1,127 +1,24 @@
-"""The benchmarks by name: how their questions are read and asked, and which files score their predictions."""
+"""The benchmarks by name: how their questions are read, and which files score their predictions."""
 
-import base64
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from . import choices, gpt_review, grounding, metrics, mme
-from .scores import Score, join_answers, read_json, read_json_lines
-
-
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_CN = "请直接回答选项字母。"
-
-
-@dataclass(frozen=True)
-class PromptStyle:
-    """How a project asks.
-
-    Args:
-        template: one of the package's chat templates; `None` keeps the checkpoint's own.
-        image_last: whether images follow the question.
-        suffix: whether ScienceQA and MMBench ask for a letter (other suffixes are part of the question files).
-    """
-
-    template: str | None = None
-    image_last: bool = False
-    suffix: bool = True
-
-
-# Source: the `model_vqa*.py` of each project.
-PROMPT_STYLES = {
-    "checkpoint": PromptStyle(),
-    "convllava": PromptStyle("vicuna_v1"),
-    "llava": PromptStyle("vicuna_v1"),
-    "tinyllava": PromptStyle("vicuna_v1"),
-    "llavar": PromptStyle("llavar", image_last=True, suffix=False),
-}
-
-
-@dataclass
-class Question:
-    """One question.
-
-    Args:
-        question_id: as the scorer knows it.
-        prompt: what the predictions file keeps.
-        text: what the model gets, without placeholders of images.
-        image: path below the folder of images, bytes, a list of either or of Pillow images, or `None`.
-        extra: more columns of the predictions file.
-    """
-
-    question_id: str | int
-    prompt: str
-    text: str
-    image: str | bytes | list | None = None
-    extra: dict = field(default_factory=dict)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a question file: JSON Lines, or a JSON list."""
-    with open(path, encoding="utf-8-sig") as file:
-        is_list = file.read(64).lstrip().startswith("[")
-    return read_json(path) if is_list else read_json_lines(path)
-
-
-def read_llava_questions(path: Path, style: PromptStyle) -> list[Question]:
-    """LLaVA's question files (`question_id`, `image`, `text`) and training files (`id`, `image`, `conversations`)."""
-    questions = []
-    for number, row in enumerate(read_rows(path)):
-        if "conversations" in row:
-            text = re.sub(r"\s*<image>\s*", "\n", row["conversations"][0]["value"]).strip()
-        elif "text" in row or "question" in row:
-            text = row["text"] if "text" in row else row["question"]
-        else:
-            raise ValueError(
-                f"{path}, row {number}: neither 'text' nor 'conversations'; expected a LLaVA question file, or convert "
-                "it: convllava eval-convert --help."
-            )
-        name = row.get("question_id", row.get("id", number))
-        questions.append(Question(name, text, text, row.get("image")))
-    return questions
-
-
-def read_scienceqa_questions(path: Path, style: PromptStyle) -> list[Question]:
-    questions = read_llava_questions(path, style)
-    for question in questions:
-        if style.suffix:
-            question.text += f"\n{LETTER}"
-        question.prompt = question.text
-        if question.image:
-            question.prompt = f"{question.text}\n<image>" if style.image_last else f"<image>\n{question.text}"
-    return questions
-
-
-def read_mmbench_questions(path: Path, style: PromptStyle, suffix: str = LETTER) -> list[Question]:
-    rows = choices.read_mmbench(path)
-    images = {row["index"]: base64.b64decode(row["image"]) for row in rows}
-    return [
-        Question(
-            row["question_id"],
-            row["stored_prompt"],
-            row["text"],
-            images[row["question_id"]],
-            {key: row[key] for key in ("round_id", "options", "option_char")},
-        )
-        for row in choices.build_mmbench_prompts(rows, suffix if style.suffix else "")
-    ]
-
-
-def read_refcoco_questions(path: Path, style: PromptStyle) -> list[Question]:
-    texts = [(grounding.PROMPT.format(row["sent"]), row["image"]) for row in read_rows(path)]
-    return [Question(number, text, text, image) for number, (text, image) in enumerate(texts)]
-
-
-def read_ocr_questions(path: Path, style: PromptStyle) -> list[Question]:
-    rows = read_rows(path)
-    return [Question(n, row["question"], row["question"], row["image_path"]) for n, row in enumerate(rows)]
-
-
-# ---- files to scores
+from .files import read_json, read_json_lines, read_rows
+from .questions import (
+    LETTER_CN,
+    PromptStyle,
+    Question,
+    read_llava_questions,
+    read_mmbench_questions,
+    read_ocr_questions,
+    read_refcoco_questions,
+    read_scienceqa_questions,
+)
+from .scores import Score, join_answers
 
 
 @dataclass(frozen=True)
@@ -156,14 +53,18 @@ class Files:
             raise ValueError(f"{what} is missing; pass it as --questions FILE.")
         return Path(found)
 
-    def find(self, test: Callable, what: str):
-        """The content of the first JSON file that passes a test; raises ValueError where none does."""
+    def find(self, what: str, test: Callable[[dict], bool], default=None):
+        """The first JSON object that passes a test, else the default; without one raises ValueError."""
         beside = [folder / name for folder in self.given for name in ("problems.json", "pid_splits.json")]
         beside += [file.with_name("pid_splits.json") for file in self.given]
         for file in (*self.given, *beside):
-            if file.suffix == ".json" and file.is_file() and test(content := read_json(file)):
-                return content
-        raise ValueError(f"{what} is missing; pass it as --annotations FILE.")
+            if file.suffix == ".json" and file.is_file():
+                content = read_json(file)
+                if isinstance(content, dict) and test(content):
+                    return content
+        if default is None:
+            raise ValueError(f"{what} is missing; pass it as --annotations FILE.")
+        return default
 
     def keep(self, rows: list[dict], key: str = "question_id") -> list[dict]:
         """The rows of questions that were asked."""
@@ -171,18 +72,11 @@ class Files:
 
 
 def _score_scienceqa(files: Files) -> Score:
-    problems = files.find(
-        lambda content: isinstance(content, dict) and "choices" in next(iter(content.values()), {}),
-        "problems.json of ScienceQA",
-    )
-    try:
-        split = files.find(lambda content: isinstance(content, dict) and isinstance(content.get("test"), list), "")[
-            "test"
-        ]
-    except ValueError:
-        split = [name for name, row in problems.items() if row.get("split", "test") == "test"]
-    split = [name for name in split if files.asked is None or name in files.asked]
-    return choices.score_scienceqa(problems, split, files.answers)
+    problems = files.find("problems.json of ScienceQA", lambda found: "choices" in next(iter(found.values()), {}))
+    tests = {"test": [name for name, row in problems.items() if row.get("split", "test") == "test"]}
+    tests = files.find("pid_splits.json", lambda found: isinstance(found.get("test"), list), tests)["test"]
+    tests = [name for name in tests if files.asked is None or name in files.asked]
+    return choices.score_scienceqa(problems, tests, files.answers)
 
 
 def _score_pope(files: Files) -> Score:
@@ -201,26 +95,23 @@ def _score_pope(files: Files) -> Score:
 
 
 def _score_textvqa(files: Files) -> Score:
-    truths = files.find(lambda content: isinstance(content, dict) and "data" in content, "TextVQA_0.5.1_val.json")
+    truths = files.find("TextVQA_0.5.1_val.json", lambda found: "data" in found)
     if files.asked is not None:  # by image, of which only some questions may have been asked
         wanted = {(name, metrics.read_question(text)) for name, texts in files.asked.items() for text in texts}
         truths = {"data": [row for row in truths["data"] if (row["image_id"], row["question"].lower()) in wanted]}
     return metrics.score_textvqa(truths, files.answers, files.predictions.stem)
 
 
-def _convert_vqa(convert: Callable) -> Callable[[Files], Score]:
-    def score(files: Files) -> Score:
-        broken = []
-        answers = read_json_lines(files.predictions, broken)
-        score = convert(files.keep(read_rows(files.need("the question file of the split"))), answers, len(broken))
-        score.problems["lines that are no JSON"] += broken
-        return score
-
+def _score_vqa(convert: Callable, files: Files) -> Score:
+    broken = []
+    answers = read_json_lines(files.predictions, broken)
+    score = convert(files.keep(read_rows(files.need("the question file of the split"))), answers, len(broken))
+    score.problems["lines that are no JSON"] += broken
     return score
 
 
 def _score_gqa(files: Files) -> Score:
-    truths = files.find(lambda content: isinstance(content, dict), "the file of GQA's answers")
+    truths = files.find("the file of GQA's answers", lambda found: True)
     truths = {name: row if isinstance(row, dict) else {"answer": row} for name, row in truths.items()}
     truths = {name: row for name, row in truths.items() if files.asked is None or name in files.asked}
     return metrics.score_gqa(truths, files.answers)
@@ -232,15 +123,11 @@ def _score_mmbench(files: Files) -> Score:
 
 
 def _score_seed(files: Files) -> Score:
-    truths = dict(files.find(lambda content: isinstance(content, dict) and "questions" in content, "SEED-Bench.json"))
+    truths = files.find("SEED-Bench.json", lambda found: "questions" in found)
     if files.asked is not None:
         known = {*files.asked, *map(str, files.asked)}
         truths["questions"] = [row for row in truths["questions"] if row["question_id"] in known]
     return choices.score_seed(truths, files.answers)
-
-
-def _score_mmvet(files: Files) -> Score:
-    return metrics.convert_mmvet(files.answers)
 
 
 def _score_mme(files: Files) -> Score:
@@ -276,9 +163,8 @@ def _score_multimodal_ocr(files: Files) -> Score:
 
 def _join_by_place(files: Files, questions: Path, answers: list[dict]) -> tuple[list[dict], dict, dict]:
     """Questions whose id is their place in the file, answers by place, and what does not fit."""
-    problems, truths = defaultdict(list), read_rows(questions)
-    truths = truths[: None if files.asked is None else len(files.asked)]
-    return truths, join_answers(answers, range(len(truths)), problems), problems
+    truths = read_rows(questions)[: None if files.asked is None else len(files.asked)]
+    return truths, *join_answers(answers, range(len(truths)))
 
 
 def _score_refcoco(files: Files) -> Score:
@@ -312,27 +198,24 @@ def _score_reviews(files: Files) -> Score:
     return score
 
 
-def _score_plain(comparison: str) -> Callable[[Files], Score]:
-    def score(files: Files) -> Score:
-        truths, categories, twice = {}, {}, []
-        for file in files.given:
-            counts = Counter()
-            for number, row in enumerate(read_rows(file)):
-                name = row.get("question_id", row.get("id", number))
-                truth = next((row[key] for key in ("answer", "answers", "label", "gt_answers") if key in row), None)
-                if truth is None and "conversations" in row:
-                    truth = row["conversations"][1]["value"]
-                if truth is not None and (files.asked is None or name in files.asked):
-                    truths[name] = truth
-                    counts[name] += 1
-                    categories[name] = row.get("category")
-            twice += [name for name, count in counts.items() if count > 1]
-        if not truths:
-            raise ValueError("no question has an 'answer'; put them into the question file or pass --annotations FILE.")
-        score = metrics.score_plain(comparison, truths, files.answers, categories)
-        score.problems["asked twice"] = twice
-        return score
-
+def _score_plain(comparison: str, files: Files) -> Score:
+    truths, categories, twice = {}, {}, []
+    for file in files.given:
+        counts = Counter()
+        for number, row in enumerate(read_rows(file)):
+            name = row.get("question_id", row.get("id", number))
+            truth = next((row[key] for key in ("answer", "answers", "label", "gt_answers") if key in row), None)
+            if truth is None and "conversations" in row:
+                truth = row["conversations"][1]["value"]
+            if truth is not None and (files.asked is None or name in files.asked):
+                truths[name] = truth
+                counts[name] += 1
+                categories[name] = row.get("category")
+        twice += [name for name, count in counts.items() if count > 1]
+    if not truths:
+        raise ValueError("no question has an 'answer'; put them into the question file or pass --annotations FILE.")
+    score = metrics.score_plain(comparison, truths, files.answers, categories)
+    score.problems["asked twice"] = twice
     return score
 
 
@@ -355,18 +238,18 @@ TASKS = {
     "scienceqa": Task(read_scienceqa_questions, _score_scienceqa, 1024),
     "pope": Task(read_llava_questions, _score_pope),
     "textvqa": Task(read_llava_questions, _score_textvqa),
-    "vqav2": Task(read_llava_questions, _convert_vqa(metrics.convert_vqav2)),
-    "vizwiz": Task(read_llava_questions, _convert_vqa(metrics.convert_vizwiz)),
+    "vqav2": Task(read_llava_questions, partial(_score_vqa, metrics.convert_vqav2)),
+    "vizwiz": Task(read_llava_questions, partial(_score_vqa, metrics.convert_vizwiz)),
     "gqa": Task(read_llava_questions, _score_gqa),
     "mmbench": Task(read_mmbench_questions, _score_mmbench, 1024),
     "mmbench_cn": Task(partial(read_mmbench_questions, suffix=LETTER_CN), _score_mmbench, 1024),
     "seed_bench": Task(read_llava_questions, _score_seed),
-    "mmvet": Task(read_llava_questions, _score_mmvet, 1024),
+    "mmvet": Task(read_llava_questions, lambda files: metrics.convert_mmvet(files.answers), 1024),
     "mme": Task(read_llava_questions, _score_mme),
     "multimodal_ocr": Task(read_ocr_questions, _score_multimodal_ocr, 256),
     "refcoco": Task(read_refcoco_questions, _score_refcoco, 100),
     "gpt_review": Task(read_llava_questions, _score_reviews, 1024),
-    **{name: Task(read_llava_questions, _score_plain(name)) for name in metrics.COMPARISONS},
+    **{name: Task(read_llava_questions, partial(_score_plain, name)) for name in metrics.COMPARISONS},
 }
 
 

@@ -95,12 +95,12 @@ class _TextPieces(BaseStreamer):
             self.stats.seconds_to_first_token = time.perf_counter() - self.started
         self.tokens += value.flatten().tolist()
         self.stats.new_tokens = len(self.tokens)
-        text = _decode_tokens(self.tokenizer, self.tokens, self.ends).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = decode_tokens(self.tokenizer, self.tokens, self.ends).rstrip("\N{REPLACEMENT CHARACTER}")
         begun = max((n for end in self.ends for n in range(len(end)) if text.endswith(end[:n])), default=0)
         self._emit(text[: len(text) - begun].rstrip())  # the beginning of an end waits too
 
     def end(self):
-        self._emit(_decode_tokens(self.tokenizer, self.tokens, self.ends))
+        self._emit(decode_tokens(self.tokenizer, self.tokens, self.ends))
 
     def _emit(self, text: str):
         if len(text) > self.length:
@@ -128,7 +128,8 @@ def list_stop_strings(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def _decode_tokens(tokenizer, tokens, ends: list[str]) -> str:
+def decode_tokens(tokenizer, tokens, ends: list[str]) -> str:
+    """The text of an answer without white space around it and without the stop string of `ends` that ended it."""
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     for end in ends:
         text = text.removesuffix(end).rstrip()
@@ -271,14 +272,14 @@ def answer(
         **({"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
     )
     arguments = config.update(**generation_kwargs)  # what is left is no setting, such as logits_processor
-    arguments |= {"generation_config": config, **_move_inputs(processor, inputs, model)}
+    arguments |= {"generation_config": config, **move_inputs(processor, inputs, model)}
     if ends:
         arguments["tokenizer"] = processor.tokenizer
     if stream:
         pieces = _stream_pieces(model, processor.tokenizer, arguments, stats, started, ends)
         return AnswerStream(pieces, messages, stats)
     new_tokens = model.generate(**arguments)[0, stats.prompt_tokens :]  # (1, S + new) -> (new,)
-    return _decode_tokens(processor.tokenizer, new_tokens, ends)
+    return decode_tokens(processor.tokenizer, new_tokens, ends)
 
 
 def _load_history(message: dict, **load) -> dict:
@@ -328,7 +329,7 @@ def move_pixels(processor: ProcessorMixin, pixel_values: torch.Tensor, model: Pr
     return pixel_values.to(model.dtype)
 
 
-def _move_inputs(processor: ProcessorMixin, inputs, model: PreTrainedModel) -> dict:
+def move_inputs(processor: ProcessorMixin, inputs, model: PreTrainedModel) -> dict:
     """The inputs on the model's device, in its dtype."""
     sizes = inputs.get("image_sizes")
     if choose_bytes(processor) and sizes is not None and len(sizes.unique(dim=0)) == 1:

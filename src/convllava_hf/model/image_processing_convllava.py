@@ -295,11 +295,15 @@ class ConvLlavaImageProcessor(ConvLlavaImageProcessingMixin, TorchvisionBackend)
         allocate = torch.empty if len(set(sizes)) == 1 else torch.zeros
         pixel_values = allocate(len(resized), channels, *full, dtype=dtype, device=resized[0].device)
         for image, pixels, (height, width) in zip(resized, pixel_values, sizes, strict=True):
-            pixels = pixels[:, :height, :width]
-            # Interleaved to planar in bytes first: four times less to move than in floats.
-            pixels.copy_(image if image.dtype == dtype else image.contiguous())
-            for channel in range(len(scale)):
-                torch.add(offset[channel], pixels[channel], alpha=scale[channel], out=pixels[channel])
+            # An accelerator takes all rows at once.
+            rows = max(1, STRIP_BYTES // (12 * width)) if pixels.device.type == "cpu" else height
+            for start in range(0, height, rows):
+                strip = pixels[:, start : min(start + rows, height), :width]
+                part = image[:, start : start + rows]
+                # Interleaved to planar in bytes first: four times less to move than in floats.
+                strip.copy_(part if part.dtype == dtype else part.contiguous())
+                for channel in range(len(scale)):
+                    torch.add(offset[channel], strip[channel], alpha=scale[channel], out=strip[channel])
         if return_tensors is None:
             pixel_values = list(pixel_values)
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)

@@ -264,7 +264,7 @@ def test_a_png_of_400_megapixels(server):
     data = build_png(20000, 20000)
     assert len(data) < 2**18
     message = check_refusal(server.ask(build_content("What?", build_data_url(data))), 413)
-    assert "pixels" in message
+    assert "400000000" in message
 
 
 def test_a_gif_of_10000_frames_shows_its_first(server):
@@ -282,8 +282,8 @@ def test_files_that_are_no_images(server, data):
 
 def test_many_images_and_large_ones(server, pictures):
     url = build_data_url(pictures[1])
-    assert "at most 16" in check_refusal(server.ask(build_content("What?", *[url] * 17)))
-    assert "the model takes" in check_refusal(server.ask(build_content("word " * 20000, url)))
+    assert "17 images" in check_refusal(server.ask(build_content("What?", *[url] * 17)))
+    assert str(server.backend.engine.context) in check_refusal(server.ask(build_content("word " * 20000, url)))
     check_refusal(server.ask(build_content("What?", build_data_url(os.urandom(2**20 + 10)))), 413)
 
 
@@ -466,7 +466,7 @@ def test_bodies_with_more_problems_than_can_be_told(server):
     keys = b",".join(b'"%x":0' % number for number in range(100000))
     assert "100001" in check_refusal(server.post(content=b"{" + keys + b"}"))
     items = b'{"messages": [{"role": "user", "content": [' + b",".join([b"0"] * 2**18) + b"]}]}"
-    assert "1000" in check_refusal(server.post(content=items))
+    assert check_refusal(server.post(content=items)).count("messages.0.content") < 3
     longer = b'{"messages": [{"role": "user", "content": [' + b", ".join([b"0"] * 2**19) + b"]}]}"
     assert str(2**20) in check_refusal(server.post(content=longer), 413), "without images no body is so long"
 

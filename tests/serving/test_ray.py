@@ -5,6 +5,7 @@ Needs `pip install "ray[data,serve]"`.
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -163,10 +164,11 @@ def cluster(tmp_path):
     port, folder = find_port(), tempfile.mkdtemp(prefix="ray")  # names of sockets have to be short
     command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port", str(port)]
     command += ["--num-cpus", "4", "--include-dashboard", "false", "--temp-dir", folder]
+    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with (tmp_path / "cluster").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        yield process.pid, {**ENVIRONMENT, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        yield process.pid, {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     finally:
         process.terminate()
         process.wait(60)

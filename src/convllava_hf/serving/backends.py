@@ -136,7 +136,7 @@ class RemoteBackend:
     Args:
         url: of the server, up to and with `/v1`.
         model: its name for the model.
-        key: its key.
+        key: its key; empty for none.
         max_pixels, max_tokens: as for `LocalBackend`.
         max_queue: most requests under way.
         budgets: whether that server takes `max_image_tokens`, as ours does.
@@ -156,9 +156,8 @@ class RemoteBackend:
     ):
         self.model, self.max_pixels, self.max_tokens, self.max_queue = model, max_pixels, max_tokens, max_queue
         self.budgets, self.waiting, self._alive = budgets, 0, alive
-        self._client = httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, trust_env=False)
 
     async def start(self, request: ChatRequest, files: list[bytes]) -> Answer:
         """Begins an answer; `files` are those of the request's images, in order. Raises RequestError."""

@@ -6,6 +6,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -210,21 +211,13 @@ def append_answers(batches: Iterable[dict[str, list]], output: Path) -> tuple[in
 
 
 def skip_done(rows: Iterable[dict], output: Path) -> Iterator[dict]:
-    """The rows that a file of answers does not hold yet; what a killed run left unfinished there is cut off."""
-    done = read_done(output)
-    return (row for row in rows if json.dumps(row["id"]) not in done)
-
-
-def read_done(output: Path) -> set[str]:
-    """The ids, as JSON, that a file of answers holds; a last line without its end is cut off the file.
+    """The rows that a file of answers does not hold yet; what a killed run left unfinished there is cut off.
 
     Raises:
         ValueError: the file holds something else.
     """
-    done = set()
-    if not output.exists():
-        return done
-    with output.open("rb+") as file:
+    done = set()  # ids, as JSON
+    with output.open("rb+") if output.exists() else BytesIO() as file:
         for line in file:
             if not line.endswith(b"\n"):
                 file.seek(-len(line), os.SEEK_END)
@@ -234,4 +227,4 @@ def read_done(output: Path) -> set[str]:
                 done.add(json.dumps(json.loads(line)["id"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{output} holds a line that is no answer; name another file.") from error
-    return done
+    return (row for row in rows if json.dumps(row["id"]) not in done)

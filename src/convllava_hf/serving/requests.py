@@ -61,9 +61,12 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=1000)]
+    content: str | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
     name: str | None = Field(default=None, max_length=200)
 
 
@@ -136,7 +139,7 @@ class ChatRequest(_Sampling):
     """A chat completion. Beyond OpenAI's fields: `top_k`, and `max_image_tokens`, the budget of each image."""
 
     model: str = Field(default="", max_length=500)
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)

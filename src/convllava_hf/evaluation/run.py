@@ -32,7 +32,7 @@ from .tasks import PROMPT_STYLES, PromptStyle, Question, find_task, score_task
 PACKAGES = ("torch", "transformers", "pillow", "numpy")
 # Weights, and what else changes an answer.
 HASHED = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja", "processor*", "preprocessor*")
-HASHED += ("onnx/*", "openvino/*")  # the graphs of `convllava export`
+HASHED += ("onnx/*", "openvino/*", "executorch/*")  # the graphs of `convllava export`
 Answerer = Callable[[list[Question]], list[str | Exception]]
 
 

@@ -4,6 +4,7 @@
 """
 
 import base64
+import secrets
 import time
 from io import BytesIO
 from pathlib import Path
@@ -42,10 +43,13 @@ class LlamaCpp:
         settings.n_gpu_layers, settings.mmproj_use_gpu = 0, False
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        key = secrets.token_hex(32)  # the server listens for other programs of this machine, too
+        settings.api_keys, settings.verbosity = [key], 1
         self.server = xllamacpp.Server(settings)
         address = self.server.listening_address
         url = address if address.startswith("http") else f"http://{address}"
-        self.client = httpx.Client(base_url=url, timeout=None, trust_env=False)
+        headers = {"Authorization": f"Bearer {key}"}
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=None, trust_env=False)
 
     def call(self, path: str, **body) -> dict:
         """Asks the server: posts where there is a body."""

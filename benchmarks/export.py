@@ -15,9 +15,11 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 
@@ -79,6 +81,17 @@ def make_random_checkpoint(folder: Path, side: int) -> Path:
     return folder
 
 
+def measure_median(call, repeats: int) -> float:
+    """Median seconds of a call, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 def measure(folder: str, way: str, new_tokens: int, repeats: int, threads: int) -> dict:
     """Loads one way in this process and measures it.
 
@@ -87,7 +100,7 @@ def measure(folder: str, way: str, new_tokens: int, repeats: int, threads: int) 
     """
     import torch
 
-    from convllava_hf.export.agreement import make_probes, measure_median
+    from convllava_hf.export.agreement import make_probes
     from convllava_hf.inference.load import load
     from convllava_hf.registration import register
 

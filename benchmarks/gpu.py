@@ -577,8 +577,8 @@ def measure_serving(size: str, clients: int, options) -> dict:
             if event.finish_reason or event.error:
                 done.set()
 
-        engine.announce()
-        engine.submit(Job(prepare(number), Settings(max_new_tokens=tokens), deliver))
+        with engine.expect_chat():
+            engine.submit(Job(prepare(number), Settings(max_new_tokens=tokens), deliver))
         done.wait()
         firsts.extend(first)
 

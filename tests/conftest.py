@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -130,6 +131,25 @@ def convert_family(reference: Path, tmp_path_factory: pytest.TempPathFactory):
         return done[family]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's or Google's Chromium, headless, with a camera that shows a test picture and asks nobody."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium on this machine")
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

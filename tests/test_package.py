@@ -20,8 +20,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 NAME = "convllava-hf"
 EXTRAS = {
-    *("train", "demo", "eval", "serving", "ray", "onnx", "openvino", "gguf", "flash-attn", "quantization"),
-    *("docs", "dev"),
+    *("train", "demo", "eval", "serving", "ray", "onnx", "openvino", "executorch", "gguf", "flash-attn"),
+    *("quantization", "docs", "dev"),
 }
 # Import names that differ from the names of their distributions.
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "yaml": "pyyaml"}

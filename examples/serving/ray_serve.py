@@ -13,7 +13,8 @@ differ from its beginning by rounding.)
 
 For a cluster: `ray start --head` on one machine, `ray start --address=...` on the others, this script on the first.
 Started there once more with another model or other settings, with `--detach`, it replaces the replicas one by one and
-ends; a cluster that this script has started by itself lets no other process in.
+ends; a cluster that this script has started by itself lets no other process in. (Where the cluster asks for a token, as
+it does after `ray get-auth-token --generate`, set RAY_AUTH_MODE=token too.)
 """
 
 import argparse

@@ -37,6 +37,11 @@ needs_exporters = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="exporting needs the exporters of transformers 5.23"
 )
 
+PACKAGES = {
+    "onnx": ("onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+    "executorch": ("executorch",),
+}
 # Tracing takes as long as the machine is busy.
 pytestmark = pytest.mark.timeout(1200)
 
@@ -48,7 +53,7 @@ def exported(converted, tmp_path_factory):
     done = {}
 
     def export(target, quantize=None):
-        for package in ("onnxscript", "onnxruntime") if target in ("onnx", "web") else ("openvino", "nncf"):
+        for package in PACKAGES[target]:
             pytest.importorskip(package)
         if (target, quantize) not in done:
             folder = tmp_path_factory.mktemp("export") / f"{target}-{quantize}"
@@ -64,7 +69,10 @@ def before(converted):
 
 
 @needs_exporters
-@pytest.mark.parametrize("target", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target",
+    ["onnx", *(pytest.param(target, marks=pytest.mark.slow) for target in ("openvino", "executorch"))],
+)
 class TestRuntimes:
     def test_greedy_tokens_and_scores_are_the_checkpoints(self, exported, target):
         report = exported(target)
@@ -85,7 +93,8 @@ class TestRuntimes:
     def test_answers_are_the_checkpoints_at_other_sizes_than_the_traced_ones(self, exported, before, target):
         model, processor = load(exported(target).output, runtime=target)
         wide = Image.effect_mandelbrot((200, 70), (-2, -1, 1, 1), 50).convert("RGB")
-        for aspect_ratio in ("pad", "native"):
+        # ExecuTorch has memory for pictures up to the processor's size.
+        for aspect_ratio in ("pad",) if target == "executorch" else ("pad", "native"):
             for instance in (processor, before[1]):
                 instance.image_processor.image_aspect_ratio = aspect_ratio
             try:
@@ -196,10 +205,10 @@ def test_quantised_exports_are_smaller_and_close(exported, target, quantize):
 
 @needs_exporters
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "openvino"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "executorch"])
 @pytest.mark.parametrize("family", ["llava_v1_5", "llava_v0_delta", "tinyllava"])
 def test_the_llava_family_goes_too(convert_family, family, target, tmp_path):
-    pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}[target])
+    pytest.importorskip(PACKAGES[target][0])
     report = export_checkpoint(convert_family(family), target, tmp_path / "out")
     assert set(report.sizes) == set(GRAPHS)
     assert report.agreement.equal_tokens == report.agreement.tokens
@@ -209,7 +218,7 @@ def test_the_llava_family_goes_too(convert_family, family, target, tmp_path):
 def test_images_that_do_not_match_their_placeholders_are_refused(exported):
     model, processor = load_export(exported("onnx").output, "onnx")
     inputs = make_probes(model, processor)[0]
-    with pytest.raises(ValueError, match="placeholders with id"):
+    with pytest.raises(ValueError, match=str(model.config.image_token_id)):
         model(**inputs | {"input_ids": inputs["input_ids"][:, :-20]})
 
 
@@ -218,10 +227,7 @@ def test_an_export_that_says_something_else_is_thrown_away(converted, tmp_path, 
     """The comparison is what stands between a broken graph and its name."""
     pytest.importorskip("onnxscript")
 
-    def write_nothing(parts, folder, runtime, quantize):
-        return {}
-
-    monkeypatch.setattr(running, "write_graphs", write_nothing)
+    monkeypatch.setattr(running, "write_graphs", lambda *arguments: {})
     monkeypatch.setattr(running, "load_export", lambda *args, **kwargs: (None, load(converted, device="cpu")[1]))
     monkeypatch.setattr(running, "compare", lambda *args: Agreement(48, 47, 0.1, 1.0, 1.0))
     register()
@@ -246,9 +252,9 @@ def test_comparing_notices_another_model(before):
 @pytest.mark.parametrize(
     ("target", "quantize", "message"),
     [
-        ("tflite", None, "'tflite' is unknown; expected one of onnx, openvino, web, gguf"),
-        ("executorch", None, "'executorch' is not supported"),
-        ("onnx", "int2", "int2.*expected int8 or int4"),
+        ("tflite", None, "tflite.*onnx, openvino, executorch, web, gguf"),
+        ("onnx", "int2", "int2.*int8.*int4"),
+        ("executorch", "int8", "int8.*executorch"),
         ("gguf", "int8", "llama-quantize"),
     ],
 )
@@ -261,12 +267,12 @@ def test_unknown_ways_are_refused_before_anything_is_loaded(target, quantize, me
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PaliGemmaConfig(), "model_type='paligemma' cannot be exported; expected convllava or llava"),
+        (PaliGemmaConfig(), "paligemma.*convllava.*llava"),
         (
             ConvLlavaConfig(
                 text_config=Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), image_token_id=3
             ),
-            "'lfm2' cannot be exported: its cache has",
+            "lfm2",
         ),
     ],
 )
@@ -290,9 +296,9 @@ class Unknown(torch.nn.Module):
 @needs_exporters
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_an_operator_that_the_runtime_lacks_is_named(runtime, tmp_path):
-    pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}[runtime])
+    pytest.importorskip(PACKAGES[runtime][0])
     part = TracedPart(Unknown(), {"x": torch.rand(2, 3)}, {"x": None})
-    with pytest.raises(ConversionError, match=rf"vision_encoder cannot be exported to {runtime}.*airy_ai"):
+    with pytest.raises(ConversionError, match=rf"vision_encoder.*{runtime}.*airy_ai"):
         write_graphs({"vision_encoder": part}, tmp_path / "out", runtime, None)
 
 
@@ -341,19 +347,29 @@ def test_a_folder_that_is_no_export_is_never_replaced(converted, present, tmp_pa
 
 def test_what_is_no_export_is_refused_by_load(converted, tmp_path):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ValueError, match="no export.json.*convllava export"):
+    with pytest.raises(ValueError, match=r"export\.json.*--to onnx"):
         load(converted, runtime="onnx")
-    with pytest.raises(ValueError, match="expected 'onnx' or 'openvino'"):
+    with pytest.raises(ValueError, match="tensorrt.*'onnx', 'openvino'"):
         load(converted, runtime="tensorrt")
-    with pytest.raises(ValueError, match="do not go with runtime"):
+    with pytest.raises(ValueError, match="4bit.*onnx"):
         load(converted, runtime="onnx", quantize="4bit")
-    with pytest.raises(ValueError, match="runs on the CPU"):
+    with pytest.raises(ValueError, match="cuda.*onnx"):
         load(converted, runtime="onnx", device="cuda")
+
+
+@needs_exporters
+@pytest.mark.slow
+def test_what_is_larger_than_the_memory_of_an_export_is_refused(exported):
+    model, processor = load_export(exported("executorch").output, "executorch")
+    side = model.graphs["vision_encoder"].inputs["pixel_values"][2]
+    assert side == processor.image_processor.size["height"]
+    with pytest.raises(ValueError, match=f"{side + 64}.*{side}"):
+        model.get_image_features(torch.zeros(1, 3, side, side + 64))
 
 
 @needs_exporters
 def test_a_missing_graph_is_named(exported, tmp_path):
     shutil.copytree(exported("onnx").output, tmp_path / "out")
     (tmp_path / "out" / "onnx" / "vision_encoder.onnx").unlink()
-    with pytest.raises(ValueError, match="lacks onnx/vision_encoder.onnx"):
+    with pytest.raises(ValueError, match=r"onnx/vision_encoder\.onnx"):
         load(tmp_path / "out", runtime="onnx")

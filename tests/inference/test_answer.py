@@ -146,7 +146,7 @@ def test_quantisation_leaves_vision_and_head_alone(quantize, checkpoint, loaded,
     }
     assert len(changed) == 2 * 7  # two layers of four projections of attention and three of the MLP
     assert all(name.startswith("model.language_model.") for name in changed)
-    inputs = answering._prepare_inputs(processor, [make_message("user", "What is this?", [photo])], None)
+    inputs = answering.prepare_inputs(processor, [make_message("user", "What is this?", [photo])])
     with torch.no_grad():
         a, b = (m(**inputs).logits[0, -1, : len(processor.tokenizer)].float() for m in (exact, model))
     assert torch.cosine_similarity(a, b, dim=0) > {"4bit": 0.6, "8bit": 0.99}[quantize]
@@ -279,7 +279,7 @@ def test_answers_and_pipelines_see_the_same_pixels(loaded, tmp_path):
     hidden = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
     hidden.paste((*RED, 255), (0, 0, 40, 60))
     hidden.save(path := tmp_path / "hidden.png")
-    expected = answering._prepare_inputs(processor, [make_message("user", "Hi", [path])], None)["pixel_values"]
+    expected = answering.prepare_inputs(processor, [make_message("user", "Hi", [path])])["pixel_values"]
     for part in ({"image": Image.open(path)}, {"path": str(path)}, {"url": str(path)}):
         chat = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "Hi"}]}]
         inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")

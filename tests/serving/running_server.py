@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import uvicorn
+from loopback import find_port
 from openai import OpenAI
 from PIL import Image
 
@@ -86,9 +87,7 @@ def run_command(command: list, log: Path, environment: dict[str, str]) -> Iterat
     Yields:
         The process and its port, as soon as `/health` answers.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_port()
     with log.open("w") as file:
         process = subprocess.Popen(
             [*command, "--port", str(port)], stdout=file, stderr=subprocess.STDOUT, env=environment

@@ -1,6 +1,7 @@
 """Hostile clients: each is refused with a JSON error, and the next honest request succeeds."""
 
 import gc
+import gzip
 import http.server
 import json
 import logging
@@ -12,8 +13,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+from loopback import serve_http
 from running_server import KEY, build_content, build_data_url
 from transformers.image_utils import httpx
+
+from convllava_hf.serving import fetch
+from convllava_hf.serving import server as module
 
 
 def read_memory() -> int:
@@ -49,27 +54,21 @@ def check_refusal(reply: httpx.Response, status: int = 400) -> str:
 
 
 @pytest.fixture(scope="module")
-def bystander(tmp_path_factory):
+def bystander():
     """A service on loopback that no client may reach; lists who did."""
     visits = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             visits.append(self.path)
-            self.send_response(302 if self.path == "/redirect" else 200)
-            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/inside")
+            host = self.path.partition("?to=")[2]
+            self.send_response(302 if host else 200)
+            self.send_header("Location", f"http://{host}:{self.server.server_port}/inside")
             self.end_headers()
 
-        def log_message(self, *arguments):
-            pass
-
-    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=service.serve_forever, daemon=True)
-    thread.start()
-    service.visits = visits
-    yield service
-    service.shutdown()
-    thread.join()
+    with serve_http(Handler) as service:
+        service.visits = visits
+        yield service
 
 
 @pytest.mark.parametrize(
@@ -103,72 +102,122 @@ def test_images_come_from_nowhere_else(server, bystander, url, monkeypatch):
     assert not bystander.visits
 
 
-def test_a_redirect_does_not_lead_inside(server, bystander, monkeypatch):
-    """The first address passes for public here, so that the redirect is reached; its target is not on the list."""
-    from convllava_hf.serving import fetch
+@pytest.fixture
+def name_service(monkeypatch):
+    """Addresses of images.test: each look-up takes the next one, the last stays."""
+    addresses, resolve = [], socket.getaddrinfo
 
+    def look_up(host, port, *arguments, **settings):
+        if host == "images.test":
+            host = addresses.pop(0) if len(addresses) > 1 else addresses[0]
+        return resolve(host, port, *arguments, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return addresses
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("127.0.0.1", "not fetched from that host"), ("images.test", "not public")]
+)
+def test_a_redirect_does_not_lead_inside(server, bystander, name_service, target, reason, monkeypatch):
+    """The first hop passes for public here, so that the redirect is reached: to a host that is not on the list, or to
+    one that is and whose address is inside."""
     monkeypatch.setattr(fetch, "PORTS", (None, bystander.server_port))
-    monkeypatch.setattr(fetch, "is_public", lambda address: True)
-    url = f"http://localhost:{bystander.server_port}/redirect"
-    message = check_refusal(server.ask(build_content("What?", url)))
-    assert "not fetched from that host" in message
-    assert bystander.visits == ["/redirect"]
+    monkeypatch.setattr(fetch, "is_public", lambda address: not bystander.visits)
+    name_service.append("127.0.0.1")
+    path = f"/redirect?to={target}"
+    message = check_refusal(server.ask(build_content("What?", f"http://localhost:{bystander.server_port}{path}")))
+    assert reason in message
+    assert bystander.visits == [path]
     bystander.visits.clear()
 
 
 def test_a_name_that_points_inside_is_not_followed(server, bystander, monkeypatch):
-    """Also when it pointed outside a moment before: the address that was checked is the one that is connected to."""
-    from convllava_hf.serving import fetch
-
     monkeypatch.setattr(fetch, "PORTS", (None, bystander.server_port))
     url = f"http://localhost:{bystander.server_port}/x.png"
     assert "not public" in check_refusal(server.ask(build_content("What?", url)))
     assert not bystander.visits
 
 
+def test_a_name_that_points_inside_a_moment_later_is_not_followed(server, bystander, name_service, monkeypatch):
+    """The address that was checked is the one that is connected to, which the tests have no way to."""
+    monkeypatch.setattr(fetch, "PORTS", (None, bystander.server_port))
+    name_service += ["93.184.216.34", "127.0.0.1"]
+    url = f"http://images.test:{bystander.server_port}/x.png"
+    assert "could not be fetched" in check_refusal(server.ask(build_content("What?", url)))
+    assert not bystander.visits
+
+
 @pytest.fixture(scope="module")
-def dripping():
-    """A host that always sends a little more, and never all: of its headers, of a file, or the next redirect."""
-    ended = threading.Event()
+def hostile():
+    """A host that clients may name, and that is silent, slow, endless, packed, or redirects nowhere."""
+    asked, ended = threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            asked.set()
+            if self.path in ("/silent", "/redirect"):
+                ended.wait(0.2 if self.path == "/redirect" else 60)
+            self.send_response({"/redirect": 302, "/nowhere": 302, "/unchanged": 304}.get(self.path, 200))
             if self.path == "/redirect":
-                ended.wait(0.2)
-            self.send_response(302 if self.path == "/redirect" else 200)
-            self.send_header("Location", "/redirect")
-            if self.path == "/file":
+                self.send_header("Location", "/redirect")
+            if self.path == "/packed":
+                self.send_header("Content-Encoding", "gzip")
+            if self.path != "/headers":
                 self.end_headers()
             self.flush_headers()
             try:
-                while self.path != "/redirect" and not ended.wait(0.05):
+                if self.path == "/packed":
+                    self.wfile.write(gzip.compress(bytes(2**26)))
+                while self.path == "/endless":
+                    self.wfile.write(bytes(2**16))
+                while self.path in ("/headers", "/file") and not ended.wait(0.05):
                     self.wfile.write(b"X-More: 1\r\n")
-            except OSError:
-                return
-            self.end_headers()
+            except OSError:  # the server has heard enough
+                pass
 
-        def log_message(self, *arguments):
-            pass
+    with serve_http(Handler) as service:
+        service.asked, service.ended = asked, ended
+        yield service
+        ended.set()
 
-    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=service.serve_forever, daemon=True)
-    thread.start()
-    yield service
-    ended.set()
-    service.shutdown()
-    thread.join()
+
+@pytest.fixture
+def hostile_url(hostile, monkeypatch):
+    """The address of that host, which passes for public."""
+    monkeypatch.setattr(fetch, "PORTS", (None, hostile.server_port))
+    monkeypatch.setattr(fetch, "is_public", lambda address: True)
+    return f"http://localhost:{hostile.server_port}"
 
 
 @pytest.mark.parametrize("path", ["/headers", "/file", "/redirect"])
-def test_slow_hosts_are_given_up(server, dripping, path, monkeypatch):
+def test_slow_hosts_are_given_up(server, hostile_url, path, monkeypatch):
     """One deadline holds for everything: each wait alone is short."""
-    from convllava_hf.serving import fetch
-
     monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.5)
-    monkeypatch.setattr(fetch, "PORTS", (None, dripping.server_port))
-    monkeypatch.setattr(fetch, "is_public", lambda address: True)
-    message = check_refusal(server.ask(build_content("What?", f"http://localhost:{dripping.server_port}{path}")))
-    assert "within 0.5 seconds" in message
+    assert "0.5 seconds" in check_refusal(server.ask(build_content("What?", hostile_url + path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/endless", 413), ("/packed", 400), ("/nowhere", 400), ("/unchanged", 400)]
+)
+def test_what_hosts_send_is_bounded_and_not_unpacked(server, hostile_url, path, status):
+    """64 MiB of zeros are 64 KiB packed: as a file they are no image, unpacked they would be too many bytes."""
+    check_refusal(server.ask(build_content("What?", hostile_url + path)), status)
+
+
+def test_a_silent_host_stops_nobody(server, hostile, hostile_url):
+    """Another client is answered while the server waits for it."""
+    hostile.asked.clear()
+    replies = []
+    waiting = threading.Thread(
+        target=lambda: replies.append(server.ask(build_content("What?", f"{hostile_url}/silent")))
+    )
+    waiting.start()
+    assert hostile.asked.wait(30)
+    assert server.ask(max_tokens=1).status_code == 200 and not replies
+    hostile.ended.set()
+    waiting.join()
+    check_refusal(replies[0])
 
 
 @pytest.mark.parametrize(
@@ -195,9 +244,7 @@ def test_slow_hosts_are_given_up(server, dripping, path, monkeypatch):
     ],
 )
 def test_addresses_that_are_public(address, public):
-    from convllava_hf.serving.fetch import is_public
-
-    assert is_public(address) is public
+    assert fetch.is_public(address) is public
 
 
 def build_png(width: int, height: int) -> bytes:
@@ -217,7 +264,7 @@ def test_a_png_of_400_megapixels(server):
     data = build_png(20000, 20000)
     assert len(data) < 2**18
     message = check_refusal(server.ask(build_content("What?", build_data_url(data))), 413)
-    assert "pixels" in message
+    assert "400000000" in message
 
 
 def test_a_gif_of_10000_frames_shows_its_first(server):
@@ -235,8 +282,8 @@ def test_files_that_are_no_images(server, data):
 
 def test_many_images_and_large_ones(server, pictures):
     url = build_data_url(pictures[1])
-    assert "at most 16" in check_refusal(server.ask(build_content("What?", *[url] * 17)))
-    assert "the model takes" in check_refusal(server.ask(build_content("word " * 20000, url)))
+    assert "17 images" in check_refusal(server.ask(build_content("What?", *[url] * 17)))
+    assert str(server.backend.engine.context) in check_refusal(server.ask(build_content("word " * 20000, url)))
     check_refusal(server.ask(build_content("What?", build_data_url(os.urandom(2**20 + 10)))), 413)
 
 
@@ -268,8 +315,6 @@ def test_a_body_of_a_gigabyte(server):
 
 
 def test_slow_clients_are_cut_off(server, monkeypatch):
-    from convllava_hf.serving import server as module
-
     monkeypatch.setattr(module, "HEADER_SECONDS", 0.3)
     monkeypatch.setattr(module, "BODY_SECONDS", 0.3)
     silent = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(20)]
@@ -380,6 +425,8 @@ def test_jinja_in_messages_is_text(server, text):
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "array", "maxItems": 10**9}}}},
         {"max_image_tokens": 0},
+        {"max_image_tokens": 10**400},
+        {"top_k": 10**400},
     ],
     ids=lambda field: next(iter(field)),
 )
@@ -412,6 +459,33 @@ def test_other_fields_and_values_are_refused(server, field):
 )
 def test_bodies_that_are_no_chat(server, body):
     check_refusal(server.post(content=body))
+
+
+def test_bodies_with_more_problems_than_can_be_told(server):
+    """A description of each would take a thousand times the memory of the body."""
+    keys = b",".join(b'"%x":0' % number for number in range(100000))
+    assert "100001" in check_refusal(server.post(content=b"{" + keys + b"}"))
+    items = b'{"messages": [{"role": "user", "content": [' + b",".join([b"0"] * 2**18) + b"]}]}"
+    assert check_refusal(server.post(content=items)).count("messages.0.content") < 3
+    longer = b'{"messages": [{"role": "user", "content": [' + b", ".join([b"0"] * 2**19) + b"]}]}"
+    assert str(2**20) in check_refusal(server.post(content=longer), 413), "without images no body is so long"
+
+
+def test_large_bodies_are_counted_together(server, monkeypatch):
+    monkeypatch.setattr(module, "LARGE_BODIES", 0)
+    content = build_content("What?", build_data_url(os.urandom(2**20)))
+    reply = server.ask(content)
+    check_refusal(reply, 503)
+    assert reply.headers["retry-after"] == "1" and server.ask().status_code == 200
+    monkeypatch.undo()
+    check_refusal(server.ask(content), 400)  # it is read, and no image
+
+
+def test_a_temperature_near_zero_spoils_no_batch(server):
+    """Divided by so little, scores would be infinite, and no token could be drawn for anyone in the batch."""
+    first = server.ask().json()["choices"]
+    for temperature in (1e-40, 5e-324):
+        assert server.ask(temperature=temperature).json()["choices"] == first
 
 
 def test_null_characters_and_empty_text(server):

@@ -87,7 +87,7 @@ def test_other_files_are_not_written_over(answerer, folder, tmp_path):
 
     output = tmp_path / "mine.txt"
     output.write_text("my notes\n")
-    with pytest.raises(ValueError, match="mine.txt holds a line that is no answer"):
+    with pytest.raises(ValueError, match=r"mine\.txt"):
         answer_rows(answerer, list_rows(str(folder), "What?"), output)
     assert output.read_text() == "my notes\n"
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_asked_is_said(tmp_path):
     from convllava_hf.serving.batch import list_rows
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="empty"):
         list(list_rows(str(tmp_path / "empty"), "What?"))
     with pytest.raises(ValueError, match="--question"):
         list(list_rows(str(tmp_path / "empty"), None))

@@ -2,14 +2,24 @@
 
 import os
 import shutil
-import socket
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from loopback import find_port
 from PIL import Image
+from running_server import build_data_url
+from transformers.image_utils import httpx
 
-from convllava_hf.inference.answer import answer
+from convllava_hf.inference.answer import answer, make_message
+from convllava_hf.inference.load import load
+from convllava_hf.serving.engine import Event
 
 
 gradio = pytest.importorskip("gradio")
@@ -84,118 +94,247 @@ def test_nothing_of_a_conversation_is_kept_by_the_page(model):
     assert [state.value for state in states] == [[], [], None]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's or Google's Chromium, headless."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+@contextmanager
+def show_page(*arguments) -> Iterator[str]:
+    """Shows a page of `build_page` and yields its address."""
+    from convllava_hf.serving.demo import build_page, launch_page
+
+    page = build_page(*arguments)
+    launch_page(page, "127.0.0.1", find_port(), block=False)
+    try:
+        yield page.local_url
+    finally:
+        page.close()
 
 
-def ask(visitor, text: str, answers: int, chat: str = "chat0") -> str:
+def visit(browser, url: str, **settings):
+    """A visitor of the page, who sees it."""
+    visitor = browser.new_page(**settings)
+    visitor.set_default_timeout(60_000)
+    visitor.goto(url)
+    visitor.locator("#question textarea").wait_for()
+    return visitor
+
+
+def ask(visitor, text: str, answers: int = 1) -> str:
     """Asks and waits for the end of an answer; returns it."""
     visitor.locator("#question textarea").fill(text)
     visitor.locator("#question textarea").press("Enter")
-    told = visitor.locator(f"#{chat} .bot.message, #{chat} .message.bot")
+    return read_answer(visitor, answers)
+
+
+def read_answer(visitor, answers: int) -> str:
+    """The last of so many answers, when it has ended."""
+    told = visitor.locator("#chat0 .bot.message, #chat0 .message.bot")
     told.nth(answers - 1).wait_for()
-    visitor.wait_for_function(f"() => !document.querySelector('#{chat} .generating, #{chat} .pending')")
+    visitor.wait_for_function("() => !document.querySelector('#chat0 .generating, #chat0 .pending')")
     visitor.wait_for_timeout(1000)
+    assert told.count() == answers
     return told.nth(answers - 1).inner_text()
+
+
+# For each button: what its words leave of the width between its paddings.
+SPARE = """
+() => ['again', 'stop', 'clear'].map((name) => {
+  const button = document.getElementById(name);
+  const words = document.createRange();
+  words.selectNodeContents(button);
+  const style = getComputedStyle(button);
+  const room = button.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  return room - words.getBoundingClientRect().width + 0.5;  // sizes are rounded
+})
+"""
+
+
+@pytest.fixture
+def screenshots(tmp_path) -> Path:
+    """Where pictures of the page go: `CONVLLAVA_SCREENSHOTS`, where it is set."""
+    return Path(os.environ.get("CONVLLAVA_SCREENSHOTS", tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "width", "height", "count"), [("desktop", 1280, 900, 2), ("phone", 390, 844, 1)])
-def test_a_visitor_uploads_asks_and_reads(browser, model, server, pictures, tmp_path, name, width, height, count):
-    """Screenshots go to CONVLLAVA_SCREENSHOTS, where it is set."""
-    from convllava_hf.serving.demo import build_page, launch_page
-
+def test_a_visitor_uploads_asks_and_reads(
+    browser, model, server, pictures, screenshots, tmp_path, name, width, height, count
+):
     photo, example, bad = (tmp_path / f"{word}.png" for word in ("photo", "example", "bad"))
     pictures[0].save(photo)
     pictures[1].save(example)
     bad.write_bytes(b"no image")
-    page = build_page([model] * count, [("What is on it?", str(example))])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch_page(page, "127.0.0.1", port, block=False)
-    folder = Path(os.environ.get("CONVLLAVA_SCREENSHOTS", tmp_path))
     first = answer(server.model, server.processor, "What is this?", [pictures[0]], max_new_tokens=64)
-    history = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "What is this?"}],
-        },
-        {"role": "assistant", "content": first},
-    ]
+    history = [make_message("user", "What is this?", [pictures[0]]), {"role": "assistant", "content": first}]
     second = answer(server.model, server.processor, "And now?", history=history, max_new_tokens=64)
-    try:
-        visitor = browser.new_page(viewport={"width": width, "height": height})
-        visitor.set_default_timeout(60_000)
-        visitor.goto(page.local_url)
+    with show_page([model] * count, [("What is on it?", str(example))]) as url:
+        visitor = visit(browser, url, viewport={"width": width, "height": height})
         files = visitor.locator("#question input[type=file]")
         files.set_input_files(str(bad))
         visitor.get_by_text("bad.png: an image cannot be used").first.wait_for()
-        visitor.screenshot(path=folder / f"{name}-bad.png")
+        visitor.screenshot(path=screenshots / f"{name}-bad.png")
         files.set_input_files(str(photo))
         visitor.locator("#cost").get_by_text("FLOP").wait_for()
         visitor.locator("#seen img").wait_for()
         for number in range(count):
             assert visitor.locator(f"#chat{number}").is_visible()
-        assert ask(visitor, "What is this?", 1).split()[:3] == first.split()[:3]
+        assert ask(visitor, "What is this?").split()[:3] == first.split()[:3]
         assert ask(visitor, "And now?", 2).split()[:3] == second.split()[:3], "the conversation goes on"
         for number in range(1, count):
             assert second.split()[0] in visitor.locator(f"#chat{number}").inner_text(), "the other model answers, too"
         visitor.locator("#again").click()
-        visitor.wait_for_timeout(500)
-        visitor.wait_for_function("() => !document.querySelector('#chat0 .generating, #chat0 .pending')")
         visitor.wait_for_timeout(2000)
-        assert visitor.locator("#chat0 .bot.message, #chat0 .message.bot").count() == 2, "it takes the old one's place"
-        visitor.screenshot(path=folder / f"{name}.png", full_page=True)
+        assert read_answer(visitor, 2).split()[:3] == second.split()[:3], "it takes the old one's place"
+        visitor.screenshot(path=screenshots / f"{name}.png", full_page=True)
         assert visitor.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+        assert min(visitor.evaluate(SPARE)) >= 0, "no word is wider than its button"
 
-        stranger = browser.new_page()
-        stranger.set_default_timeout(60_000)
-        stranger.goto(page.local_url)
-        stranger.locator("#question textarea").wait_for()
+        stranger = visit(browser, url)
         assert "What is this?" not in stranger.locator("#chat0").inner_text()
 
         visitor.locator("#clear").click()
         visitor.wait_for_function("() => !document.querySelector('#chat0').innerText.includes('What is this?')")
         visitor.get_by_text("What is on it?").first.click()
         visitor.wait_for_function("() => document.querySelector('#question textarea').value === 'What is on it?'")
-    finally:
-        page.close()
+
+
+# As a browser does with a picture on its clipboard.
+PASTE = """
+async (png) => {
+  const data = new DataTransfer();
+  const bytes = Uint8Array.from(atob(png), (letter) => letter.charCodeAt(0));
+  data.items.add(new File([bytes], 'pasted.png', { type: 'image/png' }));
+  const paste = new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true });
+  document.querySelector('#question textarea').dispatchEvent(paste);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_picture_is_pasted(browser, model, server, pictures):
+    expected = answer(server.model, server.processor, "What is this?", [pictures[2]], max_new_tokens=64)
+    with show_page([model]) as url:
+        visitor = visit(browser, url)
+        visitor.evaluate(PASTE, build_data_url(pictures[2]).partition(",")[2])
+        visitor.locator("#cost").get_by_text("FLOP").wait_for()
+        assert ask(visitor, "What is this?").split()[:3] == expected.split()[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
+def test_a_photo_is_taken(browser, model, screenshots, name, width, height):
+    with show_page([model]) as url:
+        visitor = visit(browser, url, viewport={"width": width, "height": height})
+        visitor.get_by_text("Camera").first.click()
+        visitor.get_by_text("Click to Access Webcam").click()
+        visitor.locator("#camera video").wait_for()
+        visitor.get_by_label("capture photo").click()
+        visitor.locator("#cost").get_by_text("FLOP").wait_for()
+        assert ask(visitor, "What is this?")
+        visitor.screenshot(path=screenshots / f"camera-{name}.png", full_page=True)
+        assert visitor.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_boxes_of_an_answer_are_drawn(browser, model, pictures, screenshots, tmp_path, monkeypatch):
+    """The quickstart's model names none, so the answer is put into its mouth."""
+    start = model.backend.start
+
+    async def answer_with_box(request, files):
+        answer = await start(request, files)
+
+        async def events():
+            yield Event("It is at [0.25, 0.25, 0.75, 0.75].", "stop")
+
+        return replace(answer, events=events())
+
+    monkeypatch.setattr(model.backend, "start", answer_with_box)
+    pictures[0].save(tmp_path / "photo.png")
+    with show_page([model]) as url:
+        visitor = visit(browser, url)
+        visitor.locator("#question input[type=file]").set_input_files(str(tmp_path / "photo.png"))
+        visitor.locator("#cost").get_by_text("FLOP").wait_for()
+        assert "0.25" in ask(visitor, "Where is it?")
+        visitor.locator("#boxes img").wait_for()
+        visitor.screenshot(path=screenshots / "boxes.png", full_page=True)
+        visitor.locator("#clear").click()
+        visitor.locator("#boxes").wait_for(state="hidden")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stop_ends_an_answer(browser, model, server):
-    from convllava_hf.serving.demo import build_page, launch_page
-
-    page = build_page([model])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch_page(page, "127.0.0.1", port, block=False)
     slow = server.model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
     try:
-        visitor = browser.new_page()
-        visitor.set_default_timeout(60_000)
-        visitor.goto(page.local_url)
-        visitor.locator("#question textarea").fill("Hello?")
-        visitor.locator("#question textarea").press("Enter")
-        visitor.locator("#chat0 .bot.message, #chat0 .message.bot").first.wait_for()
-        visitor.locator("#stop").click()
-        deadline = time.monotonic() + 15  # of the 32 seconds that 64 tokens would take
-        while server.backend.engine._running:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        with show_page([model]) as url:
+            visitor = visit(browser, url)
+            visitor.locator("#question textarea").fill("Hello?")
+            visitor.locator("#question textarea").press("Enter")
+            visitor.locator("#chat0 .bot.message, #chat0 .message.bot").first.wait_for()
+            visitor.locator("#stop").click()
+            deadline = time.monotonic() + 15  # of the 32 seconds that 64 tokens would take
+            while server.backend.engine._running:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
     finally:
         slow.remove()
-        page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_visitor_cannot_name_files_of_the_machine(model, pictures, tmp_path):
+    """Only what was uploaded through the page; asked as programs ask, without a browser."""
+    pictures[0].save(tmp_path / "secret.png")
+
+    def call(path) -> str:
+        message = {"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]}
+        event = httpx.post(f"{url}gradio_api/call/take", json={"data": [message]}).raise_for_status().json()["event_id"]
+        return httpx.get(f"{url}gradio_api/call/take/{event}").text
+
+    with show_page([model]) as url:
+        for path in (tmp_path / "secret.png", Path(__file__), "/etc/passwd"):
+            assert "event: error" in call(path)
+            assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+        (uploaded,) = httpx.post(
+            f"{url}gradio_api/upload", files={"files": ("photo.png", (tmp_path / "secret.png").read_bytes())}
+        ).json()
+        assert "event: complete" in call(uploaded)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_shows_the_model_of_the_quickstart(browser, converted, pictures, screenshots, tmp_path):
+    """In a copy of the Makefile beside a folder like the quickstart's: with the checkpoint that `QUICKSTART` names."""
+    checkpoint = Path(os.environ.get("QUICKSTART", converted)).absolute()
+    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
+    (tmp_path / "quickstart" / "samples").mkdir(parents=True)
+    (tmp_path / "quickstart" / "checkpoint").symlink_to(checkpoint)
+    pictures[1].save(tmp_path / "quickstart" / "samples" / "page.png")
+    model, processor = load(checkpoint, device="cpu", dtype="float32")
+    port = find_port()
+    command = ["make", "demo", f"PY={sys.executable}", f"ARGS=--port {port} --dtype float32"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        visitor = visit(browser, f"http://127.0.0.1:{port}/")
+        from convllava_hf.serving.demo import EXAMPLE_QUESTIONS
+
+        visitor.get_by_text(EXAMPLE_QUESTIONS[0]).first.click()
+        visitor.locator("#cost").get_by_text("FLOP").wait_for()
+        visitor.locator("#question textarea").press("Enter")
+        expected = answer(model, processor, EXAMPLE_QUESTIONS[0], [pictures[1]])
+        assert read_answer(visitor, 1).split()[:3] == expected.split()[:3]
+        visitor.screenshot(path=screenshots / "make-demo.png", full_page=True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,18 +1,22 @@
-"""The examples for Ray, as they are run: two replicas of which one is killed, and batch work by two workers.
+"""The examples for Ray, as they are run: replicas that are killed, become more, are replaced; work by two workers.
 
 Needs `pip install "ray[data,serve]"`.
 """
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from loopback import find_port
 from running_server import build_content, build_data_url, run_command
 from transformers.image_utils import httpx
 
@@ -61,54 +65,141 @@ def wait_for(check, what: str, seconds: float = 240) -> None:
         time.sleep(0.2)
 
 
-def test_a_replica_is_killed_and_no_request_is_lost(converted, server, pictures, tmp_path):
-    contents = ["Hello?", build_content("What is this?", build_data_url(pictures[0]))]
-    expected = [server.ask(content, max_tokens=24).json()["choices"][0]["message"]["content"] for content in contents]
-    statuses, wrong, ended = [], [], threading.Event()
+class Load:
+    """Clients that ask without a pause, whole answers and streams in turns, as long as the block runs.
 
-    def ask(number: int, url: str):
-        """Whole answers and streams in turns, until the end."""
-        while not ended.is_set():
+    Args:
+        url: of the server.
+        contents: what they ask, in turns.
+        clients: how many.
+        max_tokens: of each answer.
+
+    Attributes:
+        answers: (number of the content, answer), in order.
+        failures: statuses and errors of the requests that were lost.
+    """
+
+    def __init__(self, url: str, contents: list, clients: int = 6, max_tokens: int = 24):
+        self.url, self.contents, self.max_tokens, self.ended = url, contents, max_tokens, threading.Event()
+        self.answers, self.failures = [], []
+        self.threads = [threading.Thread(target=self.ask, args=(number,)) for number in range(clients)]
+
+    def ask(self, number: int):
+        while not self.ended.is_set():
             number += 1
-            messages = [{"role": "user", "content": contents[number % 2]}]
-            body = {"messages": messages, "max_tokens": 24, "stream": number % 4 > 1}
+            messages = [{"role": "user", "content": self.contents[number % 2]}]
+            body = {"messages": messages, "max_tokens": self.max_tokens, "stream": number % 4 > 1}
             try:
-                reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
-                statuses.append(reply.status_code)
+                reply = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=300).raise_for_status()
                 if body["stream"]:
                     chunks = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
                     told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
                 else:
                     told = reply.json()["choices"][0]["message"]["content"]
-                if told != expected[number % 2]:
-                    wrong.append((told, expected[number % 2]))
+                self.answers.append((number % 2, told))
             except Exception as error:
-                statuses.append(repr(error))
+                self.failures.append(repr(error))
 
-    log = tmp_path / "log"
+    def wait(self, more: int) -> None:
+        """Waits for more answers."""
+        target = len(self.answers) + more
+        wait_for(lambda: len(self.answers) >= target or self.failures, f"{more} more answers")
+
+    def __enter__(self):
+        [thread.start() for thread in self.threads]
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+        [thread.join() for thread in self.threads]
+
+
+@pytest.fixture
+def contents(pictures) -> list:
+    return ["Hello?", build_content("What is this?", build_data_url(pictures[0]))]
+
+
+def list_answers(server, contents, max_tokens: int) -> set[tuple[int, str]]:
+    """What the model answers."""
+    replies = [server.ask(content, max_tokens=max_tokens).json() for content in contents]
+    return {(number, reply["choices"][0]["message"]["content"]) for number, reply in enumerate(replies)}
+
+
+def test_a_replica_is_killed_and_no_request_is_lost(converted, server, contents, tmp_path):
+    expected = list_answers(server, contents, 24)
     command = [sys.executable, EXAMPLES / "ray_serve.py", converted, "--dtype", "float32", "--max-tokens", "64"]
-    with run_command(command, log, ENVIRONMENT) as (process, port):
+    with run_command(command, tmp_path / "log", ENVIRONMENT) as (process, port):
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: len(find_replicas(process.pid)) == 2, "two replicas")
-        threads = [threading.Thread(target=ask, args=(number, url)) for number in range(6)]
-        [thread.start() for thread in threads]
-        try:
-            wait_for(lambda: len(statuses) >= 12, "answers before")
+        with Load(url, contents) as load:
+            load.wait(12)
             first = find_replicas(process.pid)
-            victim = min(first)
-            os.kill(victim, signal.SIGKILL)
+            os.kill(min(first), signal.SIGKILL)
             wait_for(lambda: len(find_replicas(process.pid) - first) == 1, "a replica in its place")
-            answered = len(statuses)
-            wait_for(lambda: len(statuses) >= answered + 12, "answers afterwards")
-        finally:
-            ended.set()
-            [thread.join() for thread in threads]
-        assert set(statuses) == {200}, [status for status in statuses if status != 200][:3]
-        assert not wrong, wrong[:3]
+            load.wait(12)
+        assert not load.failures, load.failures[:3]
+        assert set(load.answers) == expected
         # The front has the rules of the server.
         refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": [], "tools": []})
         assert refused.status_code == 400 and "tools" in refused.json()["error"]["message"]
-        assert f'convllava_requests_total{{status="200"}} {len(statuses)}' in httpx.get(f"{url}/metrics").text
+        answered = f'convllava_requests_total{{status="200"}} {len(load.answers)}'
+        assert answered in httpx.get(f"{url}/metrics").text
+
+
+def test_replicas_become_more_under_load(converted, server, contents, tmp_path):
+    command = [sys.executable, EXAMPLES / "ray_serve.py", converted, "--dtype", "float32"]
+    command += ["--replicas", "1", "--max-replicas", "2"]
+    with run_command(command, tmp_path / "log", ENVIRONMENT) as (process, port):
+        wait_for(lambda: len(find_replicas(process.pid)) == 1, "a replica")
+        with Load(f"http://127.0.0.1:{port}", contents, clients=40) as load:
+            wait_for(lambda: len(find_replicas(process.pid)) == 2, "a second replica")
+            load.wait(40)
+        assert not load.failures, load.failures[:3]
+        assert set(load.answers) == list_answers(server, contents, 24)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A cluster of this machine, as `ray start --head` makes it; the process, and what leads to it."""
+    port, folder = find_port(), tempfile.mkdtemp(prefix="ray")  # names of sockets have to be short
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port", str(port)]
+    command += ["--num-cpus", "4", "--include-dashboard", "false", "--temp-dir", folder]
+    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with (tmp_path / "cluster").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        yield process.pid, {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_an_update_rolls_and_no_request_is_lost(converted, server, contents, cluster, tmp_path):
+    """The second deployment allows shorter answers: each is the old one or the new one, and in the end the new one."""
+    head, environment = cluster
+    port = find_port()
+    command = [sys.executable, EXAMPLES / "ray_serve.py", converted, "--dtype", "float32", "--port", str(port)]
+
+    def deploy(max_tokens: int):
+        limit = ["--max-tokens", str(max_tokens), "--detach"]
+        done = subprocess.run([*command, *limit], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    old, new = (list_answers(server, contents, tokens) for tokens in (24, 8))
+    assert not old & new
+    deploy(24)
+    with Load(f"http://127.0.0.1:{port}", contents) as load:
+        load.wait(12)
+        first = find_replicas(head)
+        assert len(first) == 2
+        deploy(8)
+        wait_for(lambda: len(find_replicas(head) - first) == 2 and not find_replicas(head) & first, "new replicas")
+        load.wait(12)
+        begun = len(load.answers)
+        load.wait(24)
+    assert not load.failures, load.failures[:3]
+    assert set(load.answers) == old | new and set(load.answers[begun:]) == new
 
 
 def test_two_workers_answer_a_folder_and_go_on_where_they_stopped(converted, server, pictures, tmp_path):

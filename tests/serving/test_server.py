@@ -1,12 +1,15 @@
 """What an honest client gets: answers equal to those of `answer`, pieces, ends, usage, models, metrics."""
 
+import asyncio
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from loopback import serve_http
 from running_server import KEY, build_content, build_data_url, run_front
 from transformers.image_utils import httpx
 
@@ -259,13 +262,36 @@ def test_an_engine_behind_the_server_gets_checked_requests(server, pictures):
         assert (behind["choices"], behind["usage"]) == (direct["choices"], direct["usage"])
         assert behind["model"] == "front" and front.backend.waiting == 0
         assert front.ask(n=2).status_code == 400
-        assert "the model takes" in front.ask("word " * 20000).json()["error"]["message"]
+        assert str(server.backend.engine.context) in front.ask("word " * 20000).json()["error"]["message"]
+
+
+def test_an_engine_that_ends_in_the_middle_is_an_error_and_leaves_no_place_taken():
+    """Nor does a client that is gone before its answer is read: there is one place here. (This engine has no key.)"""
+    from convllava_hf.serving.backends import RemoteBackend
+    from convllava_hf.serving.requests import ChatRequest
+
+    class Dying(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "Half an"}}]}\n\n')
+
+    async def ask(url: str):
+        backend = RemoteBackend(url, "m", "", 1, 8, max_queue=1)
+        chat = ChatRequest(messages=[{"role": "user", "content": "Hello?"}])
+        for _ in range(2):
+            (await backend.start(chat, [])).cancel()
+            first, last = [event async for event in (await backend.start(chat, [])).events]
+            assert first.text == "Half an" and last.error.status == 503 and last.finish_reason is None
+        await backend.close()
+
+    with serve_http(Dying) as service:
+        asyncio.run(ask(f"http://127.0.0.1:{service.server_port}/v1"))
 
 
 def test_what_is_there_at_the_same_time_is_one_write(server):
     """Tokens that came while the server was busy go out together; joined, the pieces are the whole answer."""
-    import asyncio
-
     from convllava_hf.serving.requests import ChatRequest
 
     engine = server.backend.engine

@@ -24,6 +24,7 @@ from transformers.image_utils import httpx
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
 from convllava_hf.checkpoints.weight_maps import LLAVA_PUBLISHED
+from convllava_hf.inference.answer import answer, make_message, prepare_inputs
 
 
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -63,14 +64,7 @@ def rows(tmp_path_factory) -> list[list[str]]:
 def answer_with_transformers(model, processor, rows) -> list[list]:
     answers = []
     for row in rows:
-        content = [{"type": "image", "image": Image.open(file)} for file in row] + [{"type": "text", "text": QUESTION}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = prepare_inputs(processor, [make_message("user", QUESTION, row)])
         length = inputs["input_ids"].shape[1]
         settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None}
         answers.append([length, model.generate(**inputs, **settings)[0, length:].tolist()])
@@ -120,16 +114,8 @@ def test_our_server_in_front_of_vllm(rows, tmp_path):
     if subprocess.run([PYTHON, "-c", "import convllava_hf"]).returncode:
         pytest.skip("the package is not installed beside vLLM")
     model, processor = save_for_vllm(tmp_path / "tiny", "pad")
-    content = [{"type": "image", "image": Image.open(rows[0][0])}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    expected = processor.decode(tokens, skip_special_tokens=True).strip()
+    direct = answer(model, processor, QUESTION, rows[0][0], max_new_tokens=8, stream=True)
+    expected = "".join(direct)
 
     command = [Path(PYTHON).with_name("convllava"), "serve", tmp_path / "tiny", "--engine", "vllm"]
     command += ["--trust-remote-code", "--dtype", "float32", "--max-queue", "4"]
@@ -141,7 +127,7 @@ def test_our_server_in_front_of_vllm(rows, tmp_path):
         reply = front.ask(build_content(QUESTION, url), max_tokens=8)
         assert reply.status_code == 200, reply.text
         assert reply.json()["choices"][0]["message"]["content"].strip() == expected
-        assert reply.json()["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+        assert reply.json()["usage"]["prompt_tokens"] == direct.stats.prompt_tokens
         stream = front.client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": build_content(QUESTION, url)}], max_tokens=8, stream=True
         )

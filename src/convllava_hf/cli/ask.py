@@ -26,7 +26,7 @@ QuantizeOption = Annotated[
 ]
 AttentionOption = Annotated[str | None, typer.Option(metavar="NAME", help="sdpa, eager, flash_attention_2 ...")]
 RuntimeOption = Annotated[
-    str | None, typer.Option(metavar="onnx|openvino", help="MODEL is an export for this runtime.")
+    str | None, typer.Option(metavar="onnx|openvino|executorch", help="MODEL is an export for this runtime.")
 ]
 ImageTokensOption = Annotated[
     int | None,

@@ -17,7 +17,9 @@ def add_export_command(app: typer.Typer) -> None:
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Hub id or folder.", show_default=False)],
     *,
-    to: Annotated[str, typer.Option(metavar="onnx|openvino|web|gguf", help="What shall run it.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(metavar="onnx|openvino|executorch|web|gguf", help="What shall run it.", show_default=False)
+    ],
     output: OutputOption,
     quantize: Annotated[str | None, typer.Option(metavar="int8|int4", help="Smaller weights, faster.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that holds an export.")] = False,
@@ -25,7 +27,7 @@ def export(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ):
-    """Take a checkpoint to another runtime: ONNX Runtime, OpenVINO, a web page, llama.cpp.
+    """Take a checkpoint to another runtime: ONNX Runtime, OpenVINO, ExecuTorch, a web page, llama.cpp.
 
     Takes ConvLLaVA and the LLaVA family. What was written is run and compared with the checkpoint, token by token,
     before the folder gets its name; sizes, differences and speed are printed.

@@ -22,7 +22,7 @@ from .tasks import find_task, score_task
 
 # Weights, and what else changes an answer; the last two are the graphs of `convllava export`.
 HASHED = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja", "processor*", "preprocessor*")
-HASHED += ("onnx/*", "openvino/*")
+HASHED += ("onnx/*", "openvino/*", "executorch/*")
 
 
 def hash_checkpoint(checkpoint: str, revision: str | None = None) -> str:
@@ -40,7 +40,7 @@ def hash_checkpoint(checkpoint: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         return Path(cached_file(checkpoint, "config.json", revision=revision)).parent.name  # .../snapshots/<commit>
     files = sorted({file for pattern in HASHED for file in folder.glob(pattern)})
-    if not any(file.suffix in (".safetensors", ".bin", ".onnx") for file in files):
+    if not any(file.suffix in (".safetensors", ".bin", ".onnx", ".pte") for file in files):
         raise ValueError(f"{folder} holds no weights; expected the folder of a checkpoint.")
     lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()

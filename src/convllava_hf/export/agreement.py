@@ -3,14 +3,15 @@
 Notation: `T` new tokens, `V` vocabulary.
 """
 
-import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from ..inference.answer import make_message, prepare_inputs
 
 
 NEW_TOKENS = 16
@@ -22,7 +23,7 @@ class Agreement:
     """How close an export is to its checkpoint, over the probes.
 
     Attributes:
-        tokens: compared, of each.
+        tokens: compared.
         equal_tokens: of the export, up to each probe's first difference.
         logit_difference: largest, while the tokens before are equal, over the largest score.
         seconds_before, seconds_after: of the checkpoint and of the export for all probes, after one to warm up.
@@ -38,6 +39,18 @@ class Agreement:
     def speedup(self) -> float:
         return self.seconds_before / self.seconds_after
 
+    @classmethod
+    def over(cls, probes: "list[Agreement]") -> "Agreement":
+        """The agreement over all probes, from that of each."""
+        tokens, equal, differences, before, after = zip(*map(astuple, probes), strict=True)
+        return cls(sum(tokens), sum(equal), max(differences), sum(before), sum(after))
+
+
+def make_picture(height: int, width: int) -> Image.Image:
+    """Smooth colours: noise is nothing that a tower was trained on."""
+    corners = np.random.default_rng(height).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
+
 
 def make_probes(model: PreTrainedModel, processor: ProcessorMixin) -> list[dict]:
     """Inputs of `generate`: a picture, a picture of another shape, words alone.
@@ -49,20 +62,10 @@ def make_probes(model: PreTrainedModel, processor: ProcessorMixin) -> list[dict]
     Returns:
         One dictionary of tensors per probe.
     """
-    generator, probes = np.random.default_rng(0), []
-    for height, width in ((96, 96), (60, 100), (0, 0)):
-        # Smooth colours: noise is nothing that a tower was trained on.
-        corners = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        images = [corners.resize((width, height), Image.Resampling.BICUBIC)] if height else []
-        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
+    probes = []
+    for images in ([make_picture(96, 96)], [make_picture(60, 100)], []):
         if processor.chat_template:
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            inputs = prepare_inputs(processor, [make_message("user", QUESTION, images)])
         else:
             text = f"{processor.image_token}\n{QUESTION}" if images else QUESTION
             inputs = processor(text=text, images=images or None, return_tensors="pt")
@@ -71,7 +74,7 @@ def make_probes(model: PreTrainedModel, processor: ProcessorMixin) -> list[dict]
 
 
 def generate_greedily(model: PreTrainedModel, probe: dict) -> tuple[list[int], torch.Tensor, float]:
-    """The most likely tokens, past any end of a turn.
+    """The most likely tokens but for those that end a turn.
 
     Returns:
         The new tokens, their scores `(T, V)` and the seconds they took.
@@ -97,30 +100,21 @@ def compare(before: PreTrainedModel, after: PreTrainedModel, probes: list[dict])
         before, after: the checkpoint and its export.
         probes: from `make_probes`.
     """
-    equal, difference, seconds = 0, 0.0, ([], [])
+    found = []
     for probe in probes:
         for model in (before, after):
             generate_greedily(model, probe)  # the first call of a shape also prepares it
-        (tokens, logits, took), (others, scores, other_took) = (
+        (tokens, scores, took), (others, other_scores, other_took) = (
             generate_greedily(model, probe) for model in (before, after)
         )
-        same = next((i for i, pair in enumerate(zip(tokens, others, strict=True)) if pair[0] != pair[1]), NEW_TOKENS)
-        equal += same
-        # Scores after a different token belong to another text.
-        kept = slice(0, min(same + 1, NEW_TOKENS))
-        scale = logits[kept].abs().max().item()
-        difference = max(difference, (logits[kept] - scores[kept]).abs().max().item() / scale)
-        seconds[0].append(took)
-        seconds[1].append(other_took)
-    return Agreement(NEW_TOKENS * len(probes), equal, difference, *(sum(part) for part in seconds))
+        equal = count_equal(tokens, others)
+        kept = slice(equal + 1)  # scores after a different token belong to another text
+        difference = ((scores[kept] - other_scores[kept]).abs().max() / scores[kept].abs().max()).item()
+        found.append(Agreement(len(tokens), equal, difference, took, other_took))
+    return Agreement.over(found)
 
 
-def measure_median(call, repeats: int) -> float:
-    """Median seconds of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def count_equal(tokens: list[int], others: list[int]) -> int:
+    """How many tokens are equal up to the first that differs."""
+    pairs = zip(tokens, others, strict=True)
+    return next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), len(tokens))

@@ -114,13 +114,14 @@ def check_exportable(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def split_model(model: PreTrainedModel, side: int, variable: bool) -> dict[str, TracedPart]:
+def split_model(model: PreTrainedModel, side: int, variable: bool, largest: int | None = None) -> dict[str, TracedPart]:
     """Cuts a model into the parts of `inference.runtime.GRAPHS`.
 
     Args:
         model: from `inference.load`, on the CPU, in float32.
         side: of a square image in pixels.
         variable: whether the tower takes every multiple of `side`.
+        largest: the longest of them; `None` for no limit.
 
     Returns:
         The parts by name.
@@ -135,10 +136,13 @@ def split_model(model: PreTrainedModel, side: int, variable: bool) -> dict[str, 
             "not hold one key per token and layer."
         )
     pairs = {str(i): {"key": layer.keys, "value": layer.values} for i, layer in enumerate(cache.layers)}
-    pixels = torch.rand(2, 3, 2 * side, 3 * side) if variable else torch.rand(2, 3, side, side)
+    variable = variable and (largest is None or largest > 2 * side)  # a range of one size is a constant, too
+    height, width = (2 * side, 3 * side) if variable else (largest or side, largest or side)
     rows_vary = {0: VARIES, 1: VARIES}
     # As multiples, else every stage's rounding down is carried along: minutes for a small tower.
-    height, width = side * Dim("height"), side * Dim("width")
+    sides = {
+        2 + axis: side * Dim(name, max=largest and largest // side) for axis, name in enumerate(("height", "width"))
+    }
     return {
         "embed_tokens": TracedPart(
             TokenEmbeddings(model),
@@ -147,8 +151,8 @@ def split_model(model: PreTrainedModel, side: int, variable: bool) -> dict[str, 
         ),
         "vision_encoder": TracedPart(
             ImageEncoder(model),
-            {"pixel_values": pixels},
-            {"pixel_values": {0: VARIES, 2: height, 3: width} if variable else {0: VARIES}},
+            {"pixel_values": torch.rand(2, 3, height, width)},
+            {"pixel_values": {0: VARIES} | (sides if variable else {})},
         ),
         "decoder_model_merged": TracedPart(
             DecoderWithCache(model),

@@ -1,5 +1,6 @@
 """`convllava export`: checks, traces, writes, runs what was written, and only then gives it its name."""
 
+import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -7,13 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from ..checkpoints.architecture import check_source
 from ..checkpoints.staging import EXPORT_MANIFEST, check_output, stage_output
@@ -23,11 +18,14 @@ from ..inference.runtime import SUFFIXES, load_export
 from .agreement import Agreement, compare, make_probes
 from .gguf import check_gguf, write_gguf
 from .graphs import check_exportable, split_model
-from .web import LARGEST_PAGE, adapt_to_web, check_web
+from .web import adapt_to_web, check_web
 from .write import PACKAGES, check_packages, write_graphs
 
 
-TARGETS = ("onnx", "openvino", "web", "gguf")
+TARGETS = ("onnx", "openvino", "executorch", "web", "gguf")
+FLOAT32_ONLY = {"gguf": "none for gguf (llama.cpp's own llama-quantize does it)", "executorch": "none for executorch"}
+# What the graphs of ExecuTorch reserve memory for, in tokens of prompt and answer.
+LONGEST_TEXT = 2048
 # Ours, and transformers' own for LLaVA v1.5, LLaVAR, v0 and TinyLLaVA.
 FAMILIES = ("convllava", "llava")
 BYTES_PER_WEIGHT = {None: 4, "int8": 1, "int4": 0.6}
@@ -42,7 +40,7 @@ class ExportReport:
         target: what it is for.
         quantize: `None`, `"int8"` or `"int4"`.
         sizes: bytes of each graph.
-        agreement: with the checkpoint.
+        agreement: with the checkpoint; `None` where there is no runtime to run it.
         missing: what the target cannot hold, in a sentence; empty if nothing.
     """
 
@@ -63,6 +61,8 @@ class ExportReport:
                 f"  largest difference of a score: {found.logit_difference:.1e} of the largest score",
                 f"  speed: {found.speedup:.2f}x the checkpoint's in float32, on this machine",
             ]
+        else:
+            lines.append("  not compared with the checkpoint: pip install 'convllava-hf[gguf]' brings llama.cpp")
         return "\n".join([*lines, *([f"  missing: {self.missing}"] if self.missing else [])])
 
 
@@ -96,16 +96,10 @@ def export_checkpoint(
             says.
         ImportError: what the target needs is not installed.
     """
-    if target == "executorch":
-        raise ConversionError(
-            "target 'executorch' is not supported: its programs reserve memory for a largest picture and a longest "
-            "text, chosen when they are written, and nothing here answers with them. Expected one of "
-            f"{', '.join(TARGETS)}."
-        )
     if target not in TARGETS:
         raise ConversionError(f"target {target!r} is unknown; expected one of {', '.join(TARGETS)}.")
-    if quantize not in SUFFIXES or (target == "gguf" and quantize):
-        expected = "none for gguf (llama.cpp's own llama-quantize does it)" if target == "gguf" else "int8 or int4"
+    if quantize not in SUFFIXES or (quantize and target in FLOAT32_ONLY):
+        expected = FLOAT32_ONLY.get(target, "int8 or int4")
         raise ConversionError(f"quantize={quantize!r} is not supported; expected {expected}.")
     output = Path(os.path.expanduser(output)).resolve()
     runtime = {"web": "onnx"}.get(target, target)
@@ -125,61 +119,47 @@ def export_checkpoint(
             AutoConfig.from_pretrained(checkpoint, **source), trust_remote_code=trust_remote_code
         )
     check_exportable(shape)
-    if target == "web":
-        check_web(shape.config)
     num_bytes = int(shape.num_parameters() * BYTES_PER_WEIGHT[quantize])
-    if target == "web" and num_bytes > LARGEST_PAGE:
-        raise ConversionError(
-            f"the export would have {num_bytes / 1e9:.1f} GB, more than a page can hold ({LARGEST_PAGE / 1e9:.0f} GB); "
-            "pass --quantize int8 or int4, or take a smaller checkpoint."
-        )
+    if target == "web":
+        check_web(shape.config, num_bytes)
     model, processor = load(checkpoint, device="cpu", dtype="float32", **source)
+    packages = ("transformers", "torch", *PACKAGES[runtime])
+    manifest = {"target": target, "quantize": quantize, "versions": {name: version(name) for name in packages}}
     with stage_output(output, num_bytes, force) as folder:
+        found, missing = None, ""
         if target == "gguf":
             sizes, missing = write_gguf(model, processor, folder)
-            _write_manifest(folder, describe_export(target, quantize))
-            return ExportReport(output, target, quantize, sizes, None, missing)
-        return _export_graphs(model, processor, target, runtime, quantize, folder, output)
+            if importlib.util.find_spec("xllamacpp"):
+                from .llama_cpp import compare_with_llama_cpp
 
-
-def describe_export(target: str, quantize: str | None) -> dict:
-    """What the manifest says of an export: its target, and which versions wrote it."""
-    packages = PACKAGES[{"web": "onnx"}.get(target, target)]
-    versions = {name: version(name) for name in ("transformers", "torch", *packages)}
-    return {"target": target, "quantize": quantize, "versions": versions}
+                found = compare_with_llama_cpp(model, processor, folder)
+        else:
+            convolutional = model.config.model_type == "convllava"
+            side = model.config.downsampling_factor if convolutional else model.config.vision_config.image_size
+            largest, context = None, 0
+            if target == "executorch":
+                size = processor.image_processor.size
+                largest = max(size["height"], size["width"]) if convolutional else None
+                context = min(model.config.get_text_config().max_position_embeddings, LONGEST_TEXT)
+            parts = split_model(model, side, convolutional, largest)
+            sizes = write_graphs(parts, folder / runtime, runtime, quantize, context)
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            _write_manifest(folder, manifest)
+            exported, reloaded = load_export(folder, runtime, trust_remote_code=True)
+            found = compare(model, exported, make_probes(model, reloaded))
+        if found and quantize is None and found.equal_tokens < found.tokens:
+            raise ConversionError(
+                f"the export gives {found.equal_tokens} of {found.tokens} of the checkpoint's greedy tokens (scores "
+                f"differ by {found.logit_difference:.1e}); nothing was written. Report this with the checkpoint's "
+                "config.json."
+            )
+        if target == "web":
+            adapt_to_web(folder, model.config, quantize)
+        _write_manifest(folder, manifest | ({"agreement": asdict(found)} if found else {}))
+    return ExportReport(output, target, quantize, sizes, found, missing)
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
     (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _export_graphs(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    target: str,
-    runtime: str,
-    quantize: str | None,
-    folder: Path,
-    output: Path,
-) -> ExportReport:
-    """Writes graphs and files into a staging folder and compares them with the model."""
-    convolutional = model.config.model_type == "convllava"
-    vision = model.config.vision_config
-    side = model.config.downsampling_factor if convolutional else vision.image_size
-    sizes = write_graphs(split_model(model, side, convolutional), folder / runtime, runtime, quantize)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    manifest = describe_export(target, quantize)
-    _write_manifest(folder, manifest)
-    exported, reloaded = load_export(folder, runtime, trust_remote_code=True)
-    found = compare(model, exported, make_probes(model, reloaded))
-    if quantize is None and found.equal_tokens < found.tokens:
-        raise ConversionError(
-            f"the export gives {found.equal_tokens} of {found.tokens} of the checkpoint's greedy tokens (scores differ "
-            f"by {found.logit_difference:.1e}); nothing was written. Report this with the checkpoint's config.json."
-        )
-    if target == "web":
-        adapt_to_web(folder, model.config, quantize)
-    _write_manifest(folder, manifest | {"agreement": asdict(found)})
-    return ExportReport(output, target, quantize, sizes, found)

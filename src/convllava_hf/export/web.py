@@ -25,16 +25,25 @@ TEXT_MODELS = (
 ).split()
 
 
-def check_web(config: PreTrainedConfig) -> None:
-    """Refuses what transformers.js does not know, before anything is traced.
+def check_web(config: PreTrainedConfig, num_bytes: int) -> None:
+    """Refuses what transformers.js does not know and what no page can hold, before anything is traced.
+
+    Args:
+        config: the checkpoint's.
+        num_bytes: of the graphs.
 
     Raises:
-        ConversionError: the language model is unknown there.
+        ConversionError: the language model is unknown there, or the graphs are too large.
     """
     kind = config.get_text_config().model_type
     if kind not in TEXT_MODELS:
         raise ConversionError(
             f"text_config.model_type={kind!r} is unknown to transformers.js; expected one of {', '.join(TEXT_MODELS)}."
+        )
+    if num_bytes > LARGEST_PAGE:
+        raise ConversionError(
+            f"the export would have {num_bytes / 1e9:.1f} GB, more than a page can hold ({LARGEST_PAGE / 1e9:.0f} GB); "
+            "pass --quantize int8 or int4, or take a smaller checkpoint."
         )
 
 

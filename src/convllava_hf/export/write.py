@@ -3,21 +3,23 @@
 import importlib.util
 from pathlib import Path
 
+import torch
 import transformers
 from packaging.version import Version
+from torch.export import Dim
 
 from ..checkpoints.weight_maps import ConversionError
 from ..inference.runtime import EXTENSIONS, SUFFIXES
-from .graphs import TracedPart
+from .graphs import VARIES, TracedPart
 
 
 # What each way needs beside its runtime; the first transformers whose exporters quantise and write OpenVINO.
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "gguf": ("gguf",),
 }
-QUANTIZER_PACKAGES = {("onnx", "int8"): "onnxruntime", ("onnx", "int4"): "onnxruntime"}
 OLDEST_TRANSFORMERS = "5.23"
 # One protobuf holds less than 2 GB; beyond, the weights lie beside the graph.
 LARGEST_FILE = int(1.5 * 2**30)
@@ -52,14 +54,17 @@ def check_packages(runtime: str, quantize: str | None) -> None:
         )
 
 
-def write_graphs(parts: dict[str, TracedPart], folder: Path, runtime: str, quantize: str | None) -> dict[str, int]:
+def write_graphs(
+    parts: dict[str, TracedPart], folder: Path, runtime: str, quantize: str | None, context: int = 0
+) -> dict[str, int]:
     """Traces, translates, quantises and saves the parts of a model, one after the other.
 
     Args:
         parts: from `graphs.split_model`.
         folder: where the graphs go.
-        runtime: `"onnx"` or `"openvino"`.
+        runtime: `"onnx"`, `"openvino"` or `"executorch"`.
         quantize: `None`, `"int8"` or `"int4"`: the weights of linear layers, of the tower and the decoder.
+        context: the longest text in tokens, for ExecuTorch.
 
     Returns:
         Bytes of each graph's files.
@@ -68,7 +73,9 @@ def write_graphs(parts: dict[str, TracedPart], folder: Path, runtime: str, quant
         ConversionError: an operator that the runtime lacks; the message names the part.
     """
     folder.mkdir()
-    write = {"onnx": _write_onnx, "openvino": _write_openvino}[runtime]
+    write = {"onnx": _write_onnx, "openvino": _write_openvino, "executorch": _write_executorch}[runtime]
+    if runtime == "executorch":
+        parts = {name: _bound(part, context) for name, part in parts.items()}
     sizes = {}
     for name, part in parts.items():
         before = {path: path.stat().st_size for path in folder.iterdir()}
@@ -149,3 +156,26 @@ def _write_openvino(part: TracedPart, path: Path, quantize: str | None) -> None:
     exporter = OpenVINOExporter()
     program, _ = exporter.export_program(part.module.eval(), dict(part.inputs), config)
     exporter.save_program(program, path)
+
+
+def _bound(part: TracedPart, context: int) -> TracedPart:
+    """A part for one row, whose sizes have an end: ExecuTorch reserves memory for the largest when it writes."""
+
+    def bound(shapes):
+        if all(isinstance(axis, int) for axis in shapes):
+            return {axis: Dim.AUTO(max=context) if size is VARIES else size for axis, size in shapes.items() if axis}
+        return {name: bound(inner) for name, inner in shapes.items()}
+
+    def take_row(tensor):  # a copy with strides of its own, which `contiguous` leaves alone where a size is 1
+        return tensor[:1].clone(memory_format=torch.contiguous_format)
+
+    inputs = torch.utils._pytree.tree_map(take_row, part.inputs)
+    return TracedPart(part.module, inputs, bound(part.dynamic_shapes))
+
+
+def _write_executorch(part: TracedPart, path: Path, quantize: str | None) -> None:
+    from transformers.exporters import ExecutorchConfig, ExecutorchExporter
+
+    config = ExecutorchConfig(dynamic_shapes=part.dynamic_shapes)
+    program, _ = ExecutorchExporter().export_program(part.module.eval(), dict(part.inputs), config)
+    ExecutorchExporter.save_program(program, path)

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteria
+from transformers import BatchFeature, GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -256,7 +256,7 @@ def answer(
     }
     messages = [_load_history(message, **load) for message in history]
     messages.append(make_message("user", question, images, **load))
-    inputs = _prepare_inputs(processor, messages, settings | choose_bytes(processor))
+    inputs = prepare_inputs(processor, messages, **settings | choose_bytes(processor))
     stats = AnswerStats(
         prompt_tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
@@ -296,8 +296,17 @@ def _load_history(message: dict, **load) -> dict:
     return {**message, "content": parts}
 
 
-def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], settings: dict):
-    """Renders, tokenises and processes a chat: one row that ends with the cue for the answer."""
+def prepare_inputs(processor: ProcessorMixin, messages: list[dict], **images_kwargs) -> BatchFeature:
+    """Renders, tokenises and processes a chat: one row that ends with the cue for the answer.
+
+    Args:
+        processor: from `load`.
+        messages: of `make_message`.
+        images_kwargs: settings of the image processor, in the place of its own.
+
+    Raises:
+        ValueError: an image placeholder in a text.
+    """
     for message in messages:
         if any(processor.image_token in part.get("text", "") for part in message["content"]):
             raise ValueError(
@@ -310,7 +319,7 @@ def _prepare_inputs(processor: ProcessorMixin, messages: list[dict], settings: d
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"images_kwargs": settings} if settings else {},
+        processor_kwargs={"images_kwargs": images_kwargs} if images_kwargs else {},
     )
 
 

@@ -58,8 +58,8 @@ def load(
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, or what else transformers takes.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the code in the checkpoint, for models that neither transformers nor this package has.
-        runtime: `"onnx"` or `"openvino"`; `model` is then a folder that `convllava export` made, which runs on the CPU
-            as it was exported.
+        runtime: `"onnx"`, `"openvino"` or `"executorch"`; `model` is then a folder that `convllava export` made, which
+            runs on the CPU as it was exported.
 
     Returns:
         The model in evaluation mode and the processor.

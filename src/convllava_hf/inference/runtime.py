@@ -1,4 +1,4 @@
-"""Answers from an export: ONNX Runtime or OpenVINO runs the graphs, transformers' `generate` does the rest.
+"""Answers from an export: a runtime runs the graphs, transformers' `generate` does the rest.
 
 Notation: `B` rows of text, `S` tokens per row, `P` tokens in the cache, `I` images, `H, W` pixels, `N` tokens of an
 image, `D` width of the language model, `V` vocabulary, `L` layers.
@@ -30,8 +30,8 @@ from ..model.modeling_convllava import ConvLlavaGenerationMixin
 GRAPHS = ("embed_tokens", "vision_encoder", "decoder_model_merged")
 # How a graph's file is called after its name, as transformers.js expects it.
 SUFFIXES = {None: "", "int8": "_quantized", "int4": "_q4"}
-EXTENSIONS = {"onnx": ".onnx", "openvino": ".xml"}
-PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+EXTENSIONS = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
 # OpenVINO computes in bfloat16 where the CPU has it, and quantises activations behind compressed weights, unless told
 # not to.
 EXACT = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
@@ -84,6 +84,46 @@ class OpenVinoGraph:
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         results = self.model({name: tensors[name].contiguous().numpy() for name in self.inputs}, share_inputs=True)
         return {name: torch.from_numpy(results[name]) for name in self.outputs}
+
+
+class ExecutorchGraph:
+    """One program in ExecuTorch on the CPU, which takes one row or one picture at a time, up to a size.
+
+    Args:
+        path: the `.pte` file, whose name says what goes in and out: programs themselves have places and no names.
+    """
+
+    def __init__(self, path: Path):
+        from executorch.runtime import Runtime
+
+        self.program = Runtime.get().load_program(path)
+        self.method = self.program.load_method("forward")
+        meta = self.method.metadata
+        shapes = [list(meta.input_tensor_meta(place).sizes()) for place in range(meta.num_inputs())]
+        layers = [f"{index}.{kind}" for index in range(len(shapes) // 2 - 1) for kind in ("key", "value")]
+        names, self.outputs = {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "vision_encoder": (["pixel_values"], ["image_features"]),
+            "decoder_model_merged": (
+                ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in layers)],
+                ["logits", *(f"present.{name}" for name in layers)],
+            ),
+        }[path.stem]
+        self.inputs = dict(zip(names, shapes, strict=True))
+
+    def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        for name, (_, *largest) in self.inputs.items():
+            if any(size > most for size, most in zip(tensors[name].shape[1:], largest, strict=True)):
+                raise ValueError(
+                    f"{name} has the shape {tuple(tensors[name].shape)}; this export has memory for (1, "
+                    f"{', '.join(map(str, largest))}). Send smaller pictures or a shorter text."
+                )
+        rows = zip(*(tensors[name].split(1) for name in self.inputs), strict=True)
+        results = [self.method.execute([value.contiguous() for value in row]) for row in rows]
+        return {name: torch.cat(parts) for name, *parts in zip(self.outputs, *results, strict=True)}
+
+
+GRAPH_CLASSES = {"onnx": OnnxGraph, "openvino": OpenVinoGraph, "executorch": ExecutorchGraph}
 
 
 class ExportedForConditionalGeneration(PreTrainedModel, ConvLlavaGenerationMixin):
@@ -240,8 +280,8 @@ def load_export(
     """Opens an export in its runtime.
 
     Args:
-        folder: what `convllava export --to onnx|openvino|web` made.
-        runtime: `"onnx"` or `"openvino"`.
+        folder: what `convllava export --to onnx|openvino|executorch|web` made.
+        runtime: `"onnx"`, `"openvino"` or `"executorch"`.
         trust_remote_code: run the code of configuration and processor that comes with the export.
 
     Returns:
@@ -252,7 +292,7 @@ def load_export(
         ImportError: the runtime is not installed.
     """
     if runtime not in EXTENSIONS:
-        raise ValueError(f"runtime={runtime!r}; expected 'onnx' or 'openvino'.")
+        raise ValueError(f"runtime={runtime!r}; expected {', '.join(map(repr, EXTENSIONS))}.")
     if importlib.util.find_spec(PACKAGES[runtime]) is None:
         raise ImportError(f"runtime={runtime!r} needs {PACKAGES[runtime]}: pip install 'convllava-hf[{runtime}]'")
     folder = Path(folder).expanduser()
@@ -264,9 +304,7 @@ def load_export(
     paths = {name: folder / runtime / f"{name}{suffix}" for name in GRAPHS}
     if missing := [str(path.relative_to(folder)) for path in paths.values() if not path.is_file()]:
         raise ValueError(f"{folder} is not an export for runtime={runtime!r} (it lacks {', '.join(missing)}); {fix}")
-    graph = OnnxGraph if runtime == "onnx" else OpenVinoGraph
+    graphs = {name: GRAPH_CLASSES[runtime](path) for name, path in paths.items()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = ExportedForConditionalGeneration(
-        config, {name: graph(path) for name, path in paths.items()}, GenerationConfig.from_pretrained(folder)
-    )
+    model = ExportedForConditionalGeneration(config, graphs, GenerationConfig.from_pretrained(folder))
     return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)

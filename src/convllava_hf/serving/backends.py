@@ -1,17 +1,20 @@
 """Where answers come from: the engine of this process, or a server of the same API behind this one."""
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 
 # The HTTP client that transformers itself fetches images with: its distribution differs between versions.
 from transformers.image_utils import httpx
 
 from .engine import Engine, Event, Job, Settings
 from .grammar import GrammarCompiler
-from .prompts import ImageInput, Prompt, build_input_ids, hash_image, list_messages, prepare_image
+from .prompts import ImageInput, Prompt, build_input_ids, hash_image, list_messages, open_checked, prepare_image
 from .requests import ChatRequest, RequestError
 
 
@@ -54,34 +57,20 @@ class LocalBackend:
     async def start(self, request: ChatRequest, files: list[bytes]) -> Answer:
         """Begins an answer; `files` are those of the request's images, in order. Raises RequestError."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-        self.engine.announce()
-        announced = True
-        try:
+
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        with self.engine.expect_chat(), ExitStack() as undo:
             await self._prepared.acquire()
-            try:
-                prompt, settings = await loop.run_in_executor(self._threads, self._prepare, request, files)
-
-                def deliver(event: Event) -> None:
-                    if not loop.is_closed():
-                        loop.call_soon_threadsafe(queue.put_nowait, event)
-
-                job, announced = Job(prompt, settings, deliver), False
-                self.engine.submit(job)
-            except BaseException:
-                self._prepared.release()
-                raise
-        finally:
-            if announced:
-                self.engine.withdraw()
-        holding = [True]
-
-        def let_go() -> None:
-            if holding:
-                holding.clear()
-                self._prepared.release()
+            undo.callback(self._prepared.release)
+            job = Job(*await loop.run_in_executor(self._threads, self._prepare, request, files), deliver)
+            self.engine.submit(job)
+            place = undo.pop_all()  # closed when the answer begins; closing it once more does nothing
 
         def cancel() -> None:
-            let_go()
+            place.close()
             self.engine.cancel(job)
             queue.put_nowait(Event(finish_reason="stop"))
 
@@ -89,34 +78,32 @@ class LocalBackend:
             event = Event()
             while event.finish_reason is None and event.error is None:
                 event = await queue.get()
-                let_go()
+                place.close()
                 while not queue.empty() and event.finish_reason is None and event.error is None:
                     more = queue.get_nowait()
                     event = Event(event.text + more.text, more.finish_reason, more.new_tokens, more.error)
                 yield event
 
-        return Answer(len(prompt.input_ids), prompt.image_tokens, read_events(), cancel)
+        return Answer(len(job.prompt.input_ids), job.prompt.image_tokens, read_events(), cancel)
 
     def _prepare(self, request: ChatRequest, files: list[bytes]) -> tuple[Prompt, Settings]:
-        images, room = [], self.engine.context
+        processor, room = self.engine.processor, self.engine.context
+        images, taken = [], 0
         for data in files:
             key = hash_image(data, request.max_image_tokens)
             features = self.engine.cache.get(key)
-            if features is not None:
-                images.append(ImageInput(key, len(features), features=features))
+            if features is None:
+                image = prepare_image(processor, data, key, self.max_pixels, request.max_image_tokens)
             else:
-                images.append(
-                    prepare_image(self.engine.processor, data, key, self.max_pixels, request.max_image_tokens)
-                )
-            taken = sum(image.num_tokens for image in images)
+                image = ImageInput(key, len(features), features=features)
+            images.append(image)
+            taken += image.num_tokens
             if room is not None and taken >= room:
                 raise RequestError(f"the images take {taken} tokens or more; the model takes {room} together")
-        input_ids = build_input_ids(
-            self.engine.processor, list_messages(request), [image.num_tokens for image in images], room
-        )
+        input_ids = build_input_ids(processor, list_messages(request), [image.num_tokens for image in images], room)
         prompt = Prompt(input_ids, images)
         wanted = request.max_completion_tokens or request.max_tokens
-        settings = Settings(
+        return prompt, Settings(
             max_new_tokens=self.engine.choose_length(prompt, wanted, self.max_tokens),
             temperature=request.temperature or 0.0,
             top_p=request.top_p or 1.0,
@@ -125,7 +112,6 @@ class LocalBackend:
             stop=tuple(request.stop),
             matcher=self.grammars.compile(request.schema_text) if request.schema_text else None,
         )
-        return prompt, settings
 
     @property
     def waiting(self) -> int:
@@ -150,7 +136,7 @@ class RemoteBackend:
     Args:
         url: of the server, up to and with `/v1`.
         model: its name for the model.
-        key: its key.
+        key: its key; empty for none.
         max_pixels, max_tokens: as for `LocalBackend`.
         max_queue: most requests under way.
         budgets: whether that server takes `max_image_tokens`, as ours does.
@@ -170,9 +156,8 @@ class RemoteBackend:
     ):
         self.model, self.max_pixels, self.max_tokens, self.max_queue = model, max_pixels, max_tokens, max_queue
         self.budgets, self.waiting, self._alive = budgets, 0, alive
-        self._client = httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, trust_env=False)
 
     async def start(self, request: ChatRequest, files: list[bytes]) -> Answer:
         """Begins an answer; `files` are those of the request's images, in order. Raises RequestError."""
@@ -200,10 +185,15 @@ class RemoteBackend:
                 raise RequestError("the engine does not answer", status=503, kind="server_error") from None
             raise
         usage = (first or {}).get("usage") or {}
-        tasks = set()
+        closing = []
+
+        def close() -> None:
+            if not closing:
+                self.waiting -= 1
+                closing.append(asyncio.ensure_future(response.aclose()))
 
         async def read_events() -> AsyncIterator[Event]:
-            chunk, finish, tokens = first, "stop", 0
+            chunk, finish, tokens = first, None, 0
             try:
                 while chunk is not None:
                     tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
@@ -212,25 +202,18 @@ class RemoteBackend:
                         if text := choice["delta"].get("content"):
                             yield Event(text, new_tokens=tokens)
                     chunk = await _read_chunk(lines)
+                if finish is None:
+                    raise RuntimeError("it ended in the middle, or with an error")
                 yield Event(finish_reason=finish, new_tokens=tokens)
             except (httpx.HTTPError, httpx.StreamError, RuntimeError):
                 yield Event(error=RequestError("the engine does not answer", status=503, kind="server_error"))
             finally:
-                self.waiting -= 1
-                await response.aclose()
-
-        def cancel() -> None:
-            tasks.add(asyncio.ensure_future(response.aclose()))
+                close()
 
         details = usage.get("prompt_tokens_details") or {}
-        return Answer(usage.get("prompt_tokens", 0), details.get("image_tokens", 0), read_events(), cancel)
+        return Answer(usage.get("prompt_tokens", 0), details.get("image_tokens", 0), read_events(), close)
 
     def _build_body(self, request: ChatRequest, files: list[bytes]) -> dict:
-        import base64
-        from io import BytesIO
-
-        from .prompts import open_checked
-
         messages, images = list_messages(request), iter(files)
         for message in messages:
             for part in message["content"]:

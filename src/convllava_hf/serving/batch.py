@@ -6,6 +6,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,8 +16,8 @@ from PIL import Image
 from ..images import list_images, undecode_images
 from ..inference.load import load
 from ..registration import register
-from .engine import Engine, Job, Settings
-from .prompts import ImageInput, Prompt, build_input_ids, hash_image, prepare_image
+from .engine import Engine, Event, Job, Settings
+from .prompts import Prompt, build_input_ids, hash_image, prepare_image
 from .requests import RequestError
 
 
@@ -57,44 +58,34 @@ class BatchAnswerer:
         if self._engine is None:
             register()
             model, processor = load(self.checkpoint, **self.load_options)
-            self._engine = Engine(model, processor, self.max_batch, max_queue=2**31, cache_bytes=0)
-        places, events = [], []
+            self._engine = Engine(model, processor, self.max_batch, cache_bytes=0)
+        rows, jobs = [], []
         for question, images in zip(batch["question"], batch["images"], strict=True):
+            events = SimpleQueue()
             try:
-                job_events = SimpleQueue()
-                job = self._prepare(str(question), list(images), job_events)
-                self._engine.announce()
-                events.append(job)
-                places.append((job_events, None))
+                jobs.append(self._prepare(str(question), list(images), events))
             except (RequestError, OSError) as error:
-                places.append((None, str(error)))
-        for job in events:
-            self._engine.submit(job)
-        answers, errors = [], []
-        for job_events, error in places:
-            answer, error = (None, error) if job_events is None else _collect(job_events)
-            answers.append(answer)
-            errors.append(error)
-        return {"id": list(batch["id"]), "question": list(batch["question"]), "answer": answers, "error": errors}
+                events.put(Event(error=error))
+            rows.append(events)
+        self._engine.submit(*jobs)
+        found = [_collect(events) for events in rows]
+        answers = {"answer": [answer for answer, _ in found], "error": [error for _, error in found]}
+        return {"id": list(batch["id"]), "question": list(batch["question"]), **answers}
 
     def _prepare(self, question: str, images: list[str | bytes], events: SimpleQueue) -> Job:
-        processor, prepared = self._engine.processor, []
+        engine, prepared = self._engine, []
         for number, source in enumerate(images, start=1):
             data = Path(source).read_bytes() if isinstance(source, str) else bytes(source)
             key = hash_image(data, self.max_image_tokens)
             try:
-                prepared.append(prepare_image(processor, data, key, self.max_pixels, self.max_image_tokens))
+                prepared.append(prepare_image(engine.processor, data, key, self.max_pixels, self.max_image_tokens))
             except RequestError as error:
                 raise RequestError(f"{source if isinstance(source, str) else f'image {number}'}: {error}") from error
-        prompt = self._build_prompt(question, prepared)
-        length = self._engine.choose_length(prompt, self.max_new_tokens, self.max_new_tokens)
-        return Job(prompt, Settings(length), events.put)
-
-    def _build_prompt(self, question: str, images: list[ImageInput]) -> Prompt:
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        counts = [image.num_tokens for image in images]
-        messages = [{"role": "user", "content": content}]
-        return Prompt(build_input_ids(self._engine.processor, messages, counts, self._engine.context), images)
+        content = [*({"type": "image"} for _ in prepared), {"type": "text", "text": question}]
+        counts = [image.num_tokens for image in prepared]
+        input_ids = build_input_ids(engine.processor, [{"role": "user", "content": content}], counts, engine.context)
+        prompt = Prompt(input_ids, prepared)
+        return Job(prompt, Settings(engine.choose_length(prompt, self.max_new_tokens, self.max_new_tokens)), events.put)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_engine": None}
@@ -220,21 +211,13 @@ def append_answers(batches: Iterable[dict[str, list]], output: Path) -> tuple[in
 
 
 def skip_done(rows: Iterable[dict], output: Path) -> Iterator[dict]:
-    """The rows that a file of answers does not hold yet; what a killed run left unfinished there is cut off."""
-    done = read_done(output)
-    return (row for row in rows if json.dumps(row["id"]) not in done)
-
-
-def read_done(output: Path) -> set[str]:
-    """The ids, as JSON, that a file of answers holds; a last line without its end is cut off the file.
+    """The rows that a file of answers does not hold yet; what a killed run left unfinished there is cut off.
 
     Raises:
         ValueError: the file holds something else.
     """
-    done = set()
-    if not output.exists():
-        return done
-    with output.open("rb+") as file:
+    done = set()  # ids, as JSON
+    with output.open("rb+") if output.exists() else BytesIO() as file:
         for line in file:
             if not line.endswith(b"\n"):
                 file.seek(-len(line), os.SEEK_END)
@@ -244,4 +227,4 @@ def read_done(output: Path) -> set[str]:
                 done.add(json.dumps(json.loads(line)["id"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{output} holds a line that is no answer; name another file.") from error
-    return done
+    return (row for row in rows if json.dumps(row["id"]) not in done)

@@ -23,7 +23,8 @@ EXAMPLE_QUESTIONS = ("Which number is on the page?", "How many shapes are there?
 STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; width: 100% !important; margin: auto}
-@media (max-width: 600px) {.gradio-container {padding: 4px !important} .gradio-container button.md {padding: 8px 2px}}
+@media (max-width: 600px) {.gradio-container {padding: 4px !important}}
+#again, #stop, #clear {flex: 1 1 auto}
 """
 
 
@@ -186,7 +187,7 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
                     label="Boxes of the answer", interactive=False, visible=False, elem_id="boxes", height=320
                 )
                 with gr.Accordion("Camera", open=False):
-                    camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", height=240)
+                    camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", height=240, elem_id="camera")
 
         def limit(value):
             return None if most is None or value >= most else int(value)
@@ -265,8 +266,8 @@ def build_page(models: list[Model], examples: list[tuple[str, str]] = ()) -> gr.
             [*histories, *chats, shown, seen, cost, boxes],
             cancels=running,
         )
-        camera.change(add_photo, [camera, question], question, show_progress="hidden")
-        for event in (question.change, budget.release):
+        added = camera.change(add_photo, [camera, question], question, show_progress="hidden")
+        for event in (question.change, budget.release, added.then):
             told = [question, seen, cost, shown]
             event(preview, [question, histories[0], budget, shown], told, show_progress="hidden")
     return page

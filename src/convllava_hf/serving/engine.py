@@ -9,7 +9,8 @@ Notation: `B` rows, `S` tokens of the longest prompt, `N` tokens of an image, `D
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
 from traceback import format_tb
@@ -38,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 TOWER_BATCH = 8  # images that run through the tower together
 PIECE_SECONDS = 0.02  # a client gets pieces no faster: each costs a write and a read, and nobody reads as fast
+STOPPED = "the server is shutting down"
 
 
 @dataclass
@@ -186,7 +188,8 @@ class Job:
             scores = self.settings.matcher.mask(scores)
         if self.generator is None:
             return scores
-        warped = self.warpers(None, scores[None].float().cpu())
+        # Of the largest score 0 is left: no temperature, however small, makes it infinite.
+        warped = self.warpers(None, (scores - scores.max())[None].double().cpu())
         token = torch.multinomial(warped.softmax(-1), 1, generator=self.generator).item()
         chosen = torch.full_like(scores, -torch.inf)
         chosen[token] = 0
@@ -273,7 +276,7 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
         self.batch_sizes: Callable[[int], None] = lambda size: None  # told the size of each batch
-        self._waiting, self._announced, self._closed, self._changed = deque(), 0, False, Condition()
+        self._waiting, self._expected, self._closed, self._changed = deque(), 0, False, Condition()
         self._running: list[Job] = []
         # Of the last batch: how many clients there were at the same time, its end, its seconds.
         self._clients, self._ended, self._took = 0, 0.0, 0.0
@@ -284,43 +287,46 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Chats that are announced or wait for a batch."""
-        return self._announced + len(self._waiting)
+        """Chats that are being prepared or wait for a batch."""
+        return self._expected + len(self._waiting)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closed
 
-    def announce(self) -> None:
-        """Reserves a place for a chat that is being prepared; `submit` or `withdraw` takes it back.
+    @contextmanager
+    def expect_chat(self) -> Iterator[None]:
+        """Keeps a place for a chat that is prepared and submitted inside the block.
 
         Raises:
             RequestError: 429 when too many wait, 503 when the engine has stopped.
         """
         with self._changed:
             if not self.alive:
-                raise RequestError("the server is shutting down", status=503, kind="server_error")
+                raise RequestError(STOPPED, status=503, kind="server_error")
             if self.waiting >= self.max_queue:
                 raise RequestError("too many requests are waiting; try again", status=429, kind="rate_limit_error")
-            self._announced += 1
+            self._expected += 1
             self._clients = max(self._clients, self.waiting + sum(not job.done for job in self._running))
             self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._expected -= 1
+                self._changed.notify_all()
 
-    def withdraw(self) -> None:
-        """Takes an announcement back."""
+    def submit(self, *jobs: Job) -> None:
+        """Hands over chats; those of one call can share a batch."""
         with self._changed:
-            self._announced -= 1
-            self._changed.notify_all()
-
-    def submit(self, job: Job) -> None:
-        """Hands over an announced chat."""
-        with self._changed:
-            self._announced -= 1
+            self._waiting.extend(jobs)
             if self._closed:
-                job.fail(RequestError("the server is shutting down", status=503, kind="server_error"))
-            else:
-                self._waiting.append(job)
+                self._refuse_waiting()
             self._changed.notify_all()
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().fail(RequestError(STOPPED, status=503, kind="server_error"))
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this answer any more: it ends after the current token, or is never begun."""
@@ -369,8 +375,7 @@ class Engine:
                 self._ended = time.monotonic()
                 self._took = self._ended - started
                 self._running = []
-        for job in self._waiting:
-            job.fail(RequestError("the server is shutting down", status=503, kind="server_error"))
+        self._refuse_waiting()
 
     def _collect(self) -> list[Job] | None:
         """The next batch: the chat that waits longest, and others with prompts of similar length; `None` at the end."""
@@ -383,7 +388,7 @@ class Engine:
             left = self._ended + self.batch_seconds - time.monotonic()
             self._changed.wait_for(lambda: self.waiting >= expected or self._closed, max(left, 0))
             self._changed.wait_for(
-                lambda: not self._announced or len(self._waiting) >= self.max_batch or self._closed,
+                lambda: not self._expected or len(self._waiting) >= self.max_batch or self._closed,
                 max(self.batch_seconds, self._took / 10),
             )
             if not self._waiting:  # its client left meanwhile

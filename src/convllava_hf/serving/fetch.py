@@ -72,29 +72,29 @@ async def _fetch(url: str, allowed_hosts: Collection[str], max_bytes: int) -> by
         if target.userinfo or target.port not in PORTS:
             raise RequestError("an image URL names a user or an unusual port; both are refused")
         address = await resolve_public(host, target.port or (443 if target.scheme == "https" else 80))
+        headers = {
+            "Host": target.netloc.decode("ascii"),
+            "User-Agent": f"convllava-hf/{__version__}",
+            "Accept-Encoding": "identity",  # and nothing is unpacked below: few bytes could become many
+        }
         # One client per hop, so no cookies; trust_env would send the request to a proxy instead of that address.
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=None) as client:
-            request = client.build_request(
-                "GET",
-                target.copy_with(host=address),
-                headers={"Host": target.netloc.decode("ascii"), "User-Agent": f"convllava-hf/{__version__}"},
-                extensions={"sni_hostname": host},
-            )
-            response = await client.send(request, stream=True)
-            try:
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["location"])
-                    continue
-                if response.status_code != 200:
-                    raise RequestError(f"an image could not be fetched: HTTP status {response.status_code}")
-                data = bytearray()
-                async for chunk in response.aiter_bytes(65536):
-                    data += chunk
-                    if len(data) > max_bytes:
-                        raise RequestError(f"an image has more than {max_bytes} bytes", status=413)
-                return bytes(data)
-            finally:
-                await response.aclose()
+        async with (
+            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=None) as client,
+            client.stream(
+                "GET", target.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
+            ) as response,
+        ):
+            if response.has_redirect_location:
+                url = urljoin(url, response.headers["location"])
+                continue
+            if response.status_code != 200:
+                raise RequestError(f"an image could not be fetched: HTTP status {response.status_code}")
+            data = bytearray()
+            async for chunk in response.aiter_raw(65536):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise RequestError(f"an image has more than {max_bytes} bytes", status=413)
+            return bytes(data)
     raise RequestError(f"an image URL redirects more than {MAX_REDIRECTS} times")
 
 
@@ -106,7 +106,7 @@ async def resolve_public(host: str, port: int) -> str:
             public.
     """
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.to_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise RequestError("the host of an image URL is unknown") from None
     addresses = [entry[4][0] for entry in found]

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoModel, PreTrainedModel, ProcessorMixin
 
 
-BOX = re.compile(r"\[\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+)\s*\]")
+NUMBER = r"\s*(\d+\.?\d*|\.\d+)\s*"
+BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 
 def show_cells(processor: ProcessorMixin, pixel_values: torch.Tensor, num_tokens: int) -> Image.Image:
@@ -40,20 +41,14 @@ def show_cells(processor: ProcessorMixin, pixel_values: torch.Tensor, num_tokens
 
 def draw_boxes(picture: Image.Image, answer: str) -> Image.Image | None:
     """A picture with the boxes that an answer names as `[left, top, right, bottom]` from 0 to 1; `None` without any."""
-    boxes = []
-    for match in BOX.finditer(answer):
-        try:
-            left, top, right, bottom = (float(number) for number in match.groups())
-        except ValueError:
-            continue
-        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
-            boxes.append((left, top, right, bottom))
+    found = [tuple(map(float, numbers)) for numbers in BOX.findall(answer)]
+    boxes = [box for box in found if 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1]
     if not boxes:
         return None
     drawn = picture.copy()
     draw = ImageDraw.Draw(drawn)
-    for left, top, right, bottom in boxes:
-        corners = [left * picture.width, top * picture.height, right * picture.width, bottom * picture.height]
+    for box in boxes:
+        corners = [share * side for share, side in zip(box, picture.size * 2, strict=True)]
         draw.rectangle(corners, outline=(0, 160, 255), width=max(2, picture.width // 150))
     return drawn
 

@@ -5,19 +5,24 @@ tokenizers or files can be reached over HTTP.
 """
 
 import json
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
+TEXT_BYTES = 2**20  # what a body may hold beside its images
 MAX_IMAGES = 16
 MAX_SCHEMA_CHARACTERS = 8192
-# What structured output understands. Others (`pattern`, `$ref` ...) can make a grammar of any size out of a short text.
-SCHEMA_KEYWORDS = frozenset(
-    "$schema title description type properties required additionalProperties items enum const anyOf minItems maxItems "
-    "minLength maxLength minimum maximum".split()
-)
-MAX_SCHEMA_COUNT = 256  # of items or characters that a schema asks for
+BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 
 
 class RequestError(Exception):
@@ -56,17 +61,55 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
     name: str | None = Field(default=None, max_length=200)
+
+
+Count = Annotated[int, Field(ge=0, le=256)]
+SchemaOrBool = Annotated["bool | Schema", Field(union_mode="left_to_right")]
+
+
+class Schema(_Strict):
+    """What structured output understands. Other keywords (`pattern`, `$ref` ...) can make a grammar of any size out of
+    a short text."""
+
+    dialect: str | None = Field(default=None, alias="$schema")
+    title: str | None = None
+    description: str | None = None
+    type: str | list[str] | None = None
+    properties: dict[str, SchemaOrBool] = {}
+    required: list[str] = []
+    additionalProperties: SchemaOrBool = True
+    items: SchemaOrBool = True
+    enum: list = []
+    const: Any = None
+    anyOf: list[SchemaOrBool] = []
+    minItems: Count = 0
+    maxItems: Count = 0
+    minLength: Count = 0
+    maxLength: Count = 0
+    minimum: float = 0
+    maximum: float = 0
+
+
+def check_schema(schema: dict) -> dict:
+    """A JSON schema as it is; raises ValueError where it is too long, or something else than a [`Schema`]."""
+    if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
+        raise ValueError(f"the schema is longer than {MAX_SCHEMA_CHARACTERS} characters")
+    Schema.model_validate(schema)
+    return schema
 
 
 class JsonSchema(_Strict):
     name: str = Field(default="answer", max_length=200)
     description: str | None = None
     strict: bool | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: Annotated[dict[str, Any], AfterValidator(check_schema)] = Field(alias="schema")
 
 
 class ResponseFormat(_Strict):
@@ -77,8 +120,6 @@ class ResponseFormat(_Strict):
     def _check(self):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to type 'json_schema', and only there")
-        if self.json_schema is not None:
-            check_schema(self.json_schema.schema_)
         return self
 
 
@@ -87,18 +128,21 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool = False
 
 
-class ChatRequest(_Strict):
+class _Sampling(_Strict):
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)
+
+
+class ChatRequest(_Sampling):
     """A chat completion. Beyond OpenAI's fields: `top_k`, and `max_image_tokens`, the budget of each image."""
 
     model: str = Field(default="", max_length=500)
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default=[], max_length=8)
     n: Literal[1] | None = None
@@ -107,7 +151,7 @@ class ChatRequest(_Strict):
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     response_format: ResponseFormat | None = None
     user: str | None = Field(default=None, max_length=500)
-    max_image_tokens: int | None = Field(default=None, ge=1)
+    max_image_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     generation_config: str | None = Field(default=None, max_length=20000, description="sent by `transformers chat`")
 
     @field_validator("stop", mode="before")
@@ -147,52 +191,21 @@ def parse_request(body: bytes) -> ChatRequest:
 
     Raises:
         RequestError: it is no JSON, holds unknown fields or values out of range, or text that is no valid Unicode. The
-            message names fields and never quotes their content.
+            message names fields and never quotes their content. 413 where it is too long without its images.
     """
+    # Images are base64. Every field and every item of a list takes other characters, too, and memory when it is read.
+    if len(body) > TEXT_BYTES and len(body.translate(None, BASE64)) > TEXT_BYTES:
+        raise RequestError(f"the body has more than {TEXT_BYTES} bytes beside its images", status=413)
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > 100:  # a description of each would take more memory than the body
+            raise RequestError(f"body: {error.error_count()} fields that are not as expected") from None
         problems = []
         for problem in error.errors(include_url=False, include_context=False, include_input=False)[:3]:
             place = ".".join(str(step) for step in problem["loc"])[:100]
             problems.append(f"{place or 'body'}: {problem['msg']}")
         raise RequestError("; ".join(problems)[:1000]) from None
-
-
-def check_schema(schema: dict) -> None:
-    """Refuses schemas that structured output would not follow, or that make huge grammars.
-
-    Raises:
-        ValueError: it is too large, nests too deeply, or has other keywords than `SCHEMA_KEYWORDS`.
-    """
-    if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
-        raise ValueError(f"the schema is longer than {MAX_SCHEMA_CHARACTERS} characters")
-
-    def visit(node: Any, depth: int):
-        if isinstance(node, bool):
-            return
-        if not isinstance(node, dict) or depth > 10:
-            raise ValueError("the schema nests deeper than 10 levels, or has something else where a schema belongs")
-        for key, value in node.items():
-            if key not in SCHEMA_KEYWORDS:
-                raise ValueError(f"the schema keyword {key[:50]!r} is not supported")
-            if key in ("minItems", "maxItems", "minLength", "maxLength"):
-                if not isinstance(value, int) or not 0 <= value <= MAX_SCHEMA_COUNT:
-                    raise ValueError(f"{key} is not a number from 0 to {MAX_SCHEMA_COUNT}")
-            elif key == "properties":
-                if not isinstance(value, dict):
-                    raise ValueError("properties is not an object")
-                for part in value.values():
-                    visit(part, depth + 1)
-            elif key in ("items", "additionalProperties"):
-                visit(value, depth + 1)
-            elif key == "anyOf":
-                if not isinstance(value, list):
-                    raise ValueError("anyOf is not a list")
-                for part in value:
-                    visit(part, depth + 1)
-
-    visit(schema, 0)
 
 
 def _read_generation_config(request: ChatRequest) -> None:
@@ -221,10 +234,3 @@ def _read_generation_config(request: ChatRequest) -> None:
     for key, value in checked.items():
         if getattr(request, key) is None:
             setattr(request, key, value)
-
-
-class _Sampling(_Strict):
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)

@@ -24,15 +24,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .backends import Answer, LocalBackend, RemoteBackend
 from .fetch import fetch_image
-from .requests import ChatRequest, RequestError, StreamOptions, parse_request
+from .requests import TEXT_BYTES, ChatRequest, RequestError, StreamOptions, parse_request
 
 
 logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 15.0  # a connection that sends no whole request header for so long is closed
 BODY_SECONDS = 30.0
-TEXT_BYTES = 2**20  # what a body may hold beside its images; bodies of this size are read in any case
-LARGE_BODIES = 8  # bodies of the largest size that are held at the same time
+LARGE_BODIES = 8  # bodies of the largest size that are held at the same time; up to TEXT_BYTES none is large
 LARGE_DOWNLOADS = 8
 OPEN_PATHS = ("/health", "/load_model")  # need no key, and tell and do nothing that would
 
@@ -108,11 +107,9 @@ class Guard:
         try:
             refusal = self._refuse(scope)
             await (refusal or self.app)(scope, receive, send_and_note)
-        except Exception as error:  # not even a bug shows its inside to a client, nor a message of a client in the log
+        except Exception as error:  # `fail` has answered; the log gets the place, without what a client sent
             lines = "".join(traceback.format_tb(error.__traceback__))
             logger.error(f"{type(error).__name__} while answering\n{lines}")
-            if status is None:
-                await build_error("internal error", 500, "server_error")(scope, receive, send_and_note)
         finally:
             seconds = time.perf_counter() - started
             known = {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
@@ -210,15 +207,14 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
         return build_error(str(error), error.status, error.kind)
 
     async def fail(request: Request, error: Exception):
-        return build_error("internal error", 500, "server_error")  # raised again afterwards: `Guard` logs it
+        return build_error(*describe_error(error))  # raised again afterwards: `Guard` logs it
 
     async def miss(request: Request, error):
         return build_error("no such path or method", error.status_code)
 
     async def tell_health(request: Request):
-        return JSONResponse(
-            {"status": "ok"} if backend.healthy else {"status": "stopped"}, 200 if backend.healthy else 503
-        )
+        status, code = ("ok", 200) if backend.healthy else ("stopped", 503)
+        return JSONResponse({"status": status}, code)
 
     async def tell_metrics(request: Request):
         return Response(prometheus_client.generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
@@ -243,8 +239,9 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
                 async with downloads:
                     files.append(await fetch_image(url, options.allowed_hosts, left))
                 left -= len(files[-1])
-            answer = await start_unless_gone(request, backend, chat, files)
-        if answer is None:
+            answer = await backend.start(chat, files)
+        if await request.is_disconnected():
+            answer.cancel()
             metrics.cancelled.inc()
             return Response(status_code=499)
         gone = asyncio.ensure_future(cancel_when_gone(request, answer, metrics))
@@ -273,15 +270,6 @@ def build_app(backend: LocalBackend | RemoteBackend, options: ServerOptions):
         lifespan=lifespan,
     )
     return Guard(app, options, metrics)
-
-
-async def start_unless_gone(request: Request, backend, chat: ChatRequest, files: list[bytes]) -> Answer | None:
-    """Starts an answer; `None` where the client left while its chat was prepared."""
-    answer = await backend.start(chat, files)
-    if await request.is_disconnected():
-        answer.cancel()
-        return None
-    return answer
 
 
 async def cancel_when_gone(request: Request, answer: Answer, metrics: Metrics) -> None:

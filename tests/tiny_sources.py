@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def save_timm(model, folder: Path, prefix: str = "", **config):
@@ -20,9 +21,10 @@ def edit_json(path: Path, **values):
 
 
 def edit_weights(path: Path, edit):
-    content = torch.load(path, weights_only=True)
+    is_pickle = path.suffix == ".bin"
+    content = torch.load(path, weights_only=True) if is_pickle else load_file(path)
     edit(content)
-    torch.save(content, path)
+    torch.save(content, path) if is_pickle else save_file(content, path, {"format": "pt"})
 
 
 def list_hidden(folder: Path) -> list[str]:

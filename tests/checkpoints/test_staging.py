@@ -3,12 +3,20 @@
 import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 from transformers.utils.logging import disable_propagation, enable_propagation
 
-from convllava_hf.checkpoints.staging import MANIFEST, check_output, list_foreign, stage_file, stage_output
+from convllava_hf.checkpoints.staging import (
+    MANIFEST,
+    check_output,
+    find_replaced,
+    list_foreign,
+    stage_file,
+    stage_output,
+)
 from convllava_hf.checkpoints.weight_maps import ConversionError
 
 
@@ -81,6 +89,16 @@ def test_a_kill_while_a_model_is_replaced_is_mentioned_and_loses_nothing(made, c
     disable_propagation()
     way = "rename it to get it back" if after == "first rename" else "delete it if it is not needed"
     assert [str(old) in record.getMessage() and way in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_kill_while_the_old_model_is_deleted_leaves_no_half_of_it_under_its_name(made, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", stop)
+        replace(made)
+    assert find_replaced(made) is None and (made / "config.json").read_text() == '{"new": 1}'
 
 
 @pytest.mark.parametrize("force", [False, True])

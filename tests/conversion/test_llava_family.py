@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_sources import edit_json, edit_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -37,12 +38,6 @@ from convllava_hf.images import fit_to_corner
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CLIP, SIGLIP = "clip-vit-tiny-patch14-56", "tiny-siglip-so400m-patch14-384"
-
-
-def edit_json(path, **changes):
-    content = json.loads(path.read_text())
-    content.update(changes)
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 @pytest.fixture
@@ -197,8 +192,7 @@ def test_a_tower_of_its_own_is_not_dropped(parts):
 
 
 def test_settings_that_are_null_are_as_if_they_were_not_there(parts):
-    config = json.loads((parts / "model" / "config.json").read_text())
-    (parts / "model" / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": None}))
+    edit_json(parts / "model" / "config.json", image_aspect_ratio=None)
     report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
     assert not AutoProcessor.from_pretrained(report.output).image_processor.do_pad
 
@@ -207,9 +201,7 @@ def test_special_tokens_that_are_empty_in_one_file_are_read_from_the_other(parts
     """As in the files of early 2023, whose texts begin with `</s>`."""
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
     (parts / "model" / "special_tokens_map.json").write_text(json.dumps(special))
-    path = parts / "model" / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), **dict.fromkeys(special, "")}
-    path.write_text(json.dumps(config))
+    edit_json(parts / "model" / "tokenizer_config.json", **dict.fromkeys(special, ""))
     report = convert_checkpoint(parts / "model", parts / "out", vision_tower=parts / "tower")
     tokenizer = AutoProcessor.from_pretrained(report.output).tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("</s>", "</s>")
@@ -296,15 +288,12 @@ def set_config(**changes):
 
 def add_weight(parts):
     path = parts / "model" / "pytorch_model-00003-of-00003.bin"
-    torch.save({**torch.load(path, weights_only=True), "model.extra": torch.zeros(64)}, path)
+    edit_weights(path, lambda weights: weights.update({"model.extra": torch.zeros(64)}))
 
 
 def edit_tower(edit):
     def damage(parts):
-        path = parts / "tower" / "model.safetensors"
-        weights = load_file(path)
-        edit(weights)
-        save_file(weights, path, {"format": "pt"})
+        edit_weights(parts / "tower" / "model.safetensors", edit)
 
     return damage
 
@@ -325,10 +314,9 @@ def other_image_size(parts):
 
 
 def fewer_rows(parts):
+    name = "model.embed_tokens.weight"
     path = parts / "model" / "pytorch_model-00001-of-00003.bin"
-    weights = torch.load(path, weights_only=True)
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:900].clone()
-    torch.save(weights, path)
+    edit_weights(path, lambda weights: weights.update({name: weights[name][:900].clone()}))
 
 
 def remove_projector(parts):

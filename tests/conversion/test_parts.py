@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_sources import edit_weights
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -163,9 +164,7 @@ def test_projector_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_projectors_do_not_go_into_a_base_that_is_not_finite(checkpoint, other_projector, tmp_path, value):
     base = Path(shutil.copytree(checkpoint, tmp_path / "base"))
-    weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"][3, 1] = value
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    edit_weights(base / "model.safetensors", lambda weights: weights["lm_head.weight"][3, 1].fill_(value))
     with pytest.raises(ConversionError, match="'lm_head.weight' of .*base"):
         insert_projector(base, other_projector[0], tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

@@ -402,6 +402,20 @@ def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root)
     assert report.totals["written"] == 5 and not report.bad_rows
 
 
+def test_builds_killed_as_they_begin_or_end_go_on(tmp_path, root, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    file = write(tmp_path / "one.json", GOOD)
+    (tmp_path / "out.partial" / ".build").mkdir(parents=True)  # its settings are not there yet
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("convllava_hf.data.build.put_in_place", stop)
+        build([(file, root)], tmp_path / "out")
+    assert not (tmp_path / "out.partial" / "test").exists(), "an empty split"
+    report = build([(file, root)], tmp_path / "out")
+    assert report.totals["written"] == len(GOOD)
+
+
 PROGRAM = """
 import sys
 sys.argv = ["convllava"]  # so that importing the package does not load torch

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
-from tiny_sources import edit_json
+from tiny_sources import edit_json, edit_weights
 from transformers import AutoModelForImageTextToText
 
 from convllava_hf.checkpoints.weight_maps import ConversionError
@@ -26,6 +26,7 @@ from convllava_hf.hub.push import push_checkpoint
 from convllava_hf.registration import register
 
 
+WEIGHTS = "adapter_model.safetensors"
 TRAINED = """---
 base_model: {base}
 datasets:
@@ -68,28 +69,24 @@ def find_problems(folder: Path) -> dict[str, str]:
     return {check.name: check.problem for check in check_checkpoint(folder) if check.problem}
 
 
-def edit_weights(folder: Path, edit):
-    weights = load_file(folder / "adapter_model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
 def test_info_and_doctor_know_an_adapter(adapter, base):
     info = describe_checkpoint(adapter)
     assert info.kind == "PEFT adapter (LORA, r 4, lora_alpha 8)" and info.base == str(base)
     assert set(info.parts) == {"projector", "language model"} and info.recipe == "tiny" and not info.memory
     assert str(base) in info.summary() and info.kind.startswith("PEFT adapter")
     assert not find_problems(adapter)
-    edit_weights(adapter, lambda w: w[min(w)].fill_(float("inf")))
+    edit_weights(adapter / WEIGHTS, lambda w: w[min(w)].fill_(float("inf")))
     assert "values are finite" in find_problems(adapter)
-    edit_weights(adapter, lambda w: w.update({min(w): torch.zeros(7, 64)}))
+    edit_weights(adapter / WEIGHTS, lambda w: w.update({min(w): torch.zeros(7, 64)}))
     assert "rank 7" in find_problems(adapter)["factors of a layer fit each other"]
     (adapter / "adapter_model.safetensors").write_bytes(b"x")
     assert "weight file is whole" in find_problems(adapter)
 
 
 def test_doctor_compares_an_adapter_with_its_base(adapter):
-    edit_weights(adapter, lambda w: [w.update({n.replace("layers.0", "layers.9"): w.pop(n)}) for n in list(w)])
+    edit_weights(
+        adapter / WEIGHTS, lambda w: [w.update({n.replace("layers.0", "layers.9"): w.pop(n)}) for n in list(w)]
+    )
     assert "layers.9" in find_problems(adapter)["the base has the layers that it changes"]
 
 
@@ -144,13 +141,13 @@ def test_merge_refuses_what_would_be_silently_wrong(adapter, base, tmp_path):
         return folder
 
     def rename(folder):  # matches nothing
-        edit_weights(folder, lambda w: [w.update({n.replace("q_proj", "x_proj"): w.pop(n)}) for n in list(w)])
+        edit_weights(folder / WEIGHTS, lambda w: [w.update({n.replace("q_proj", "x_proj"): w.pop(n)}) for n in list(w)])
 
     def drop(folder):  # PEFT only warns, and goes on with random factors
-        edit_weights(folder, lambda w: w.pop(max(name for name in w if "lora_B" in name)))
+        edit_weights(folder / WEIGHTS, lambda w: w.pop(max(name for name in w if "lora_B" in name)))
 
     def spoil(folder):
-        edit_weights(folder, lambda w: w[max(w)].fill_(float("nan")))
+        edit_weights(folder / WEIGHTS, lambda w: w[max(w)].fill_(float("nan")))
 
     def other_layers(folder):
         edit_json(folder / "adapter_config.json", target_modules=["no_such_layer"])
@@ -178,9 +175,7 @@ def test_merge_refuses_a_base_that_lacks_a_layer_or_overflows(adapter, base, tmp
         ]
     ):
         broken = Path(shutil.copytree(base, tmp_path / f"base{number}"))
-        weights = load_file(broken / "model.safetensors")
-        edit(weights)
-        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        edit_weights(broken / "model.safetensors", edit)
         problem = "missing keys, the first is .*up_proj" if number == 0 else r"lm_head\.weight.* not finite"
         refuse(adapter, tmp_path / "merged", problem, base=str(broken), dtype="float16")
 
@@ -207,9 +202,7 @@ def test_inserting_a_projector_is_strict(base, tmp_path):
         with pytest.raises(ConversionError, match="linear_1.* of .*bad.safetensors"):
             insert_projector(into, tmp_path / "bad.safetensors", tmp_path / "out")
     broken = Path(shutil.copytree(base, tmp_path / "broken"))
-    stored = load_file(broken / "model.safetensors")
-    stored.pop("model.language_model.layers.1.mlp.up_proj.weight")
-    save_file(stored, broken / "model.safetensors", {"format": "pt"})
+    edit_weights(broken / "model.safetensors", lambda w: w.pop("model.language_model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ConversionError, match="layers.1.mlp.up_proj.weight"):
         insert_projector(broken, projector, tmp_path / "out")
     (tmp_path / "bad.bin").write_bytes(b"PK\x03\x04 no zip")

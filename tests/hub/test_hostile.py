@@ -10,10 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import READ_TOKEN
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
-from tiny_sources import edit_json
+from tiny_sources import edit_json, edit_weights
 
 from convllava_hf.hub.client import HubError, check_names, find_secret, guard_responses
 from convllava_hf.hub.doctor import check_checkpoint
@@ -92,8 +90,7 @@ def test_everything_that_is_sent_is_searched(hub, checkpoint, tmp_path):
         (folder / "training_curves.png").write_bytes(b"\x89PNG\x00tEXt" + READ_TOKEN.encode())
 
     def put_name(folder):
-        weights = load_file(folder / "model.safetensors")
-        save_file({**weights, READ_TOKEN: torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+        edit_weights(folder / "model.safetensors", lambda weights: weights.update({READ_TOKEN: torch.zeros(1)}))
 
     for put in (put_text, put_model, put_image, put_name):
         folder = Path(shutil.copytree(checkpoint, tmp_path / put.__name__))
@@ -165,17 +162,9 @@ def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, copy):
 # ---- what doctor and ask say
 
 
-def edit_weights(folder: Path, edit):
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata)
-
-
 def test_weights_that_are_not_finite_are_named(copy):
     register()
-    edit_weights(copy, lambda weights: weights["lm_head.weight"][3].fill_(float("nan")))
+    edit_weights(copy / "model.safetensors", lambda weights: weights["lm_head.weight"][3].fill_(float("nan")))
     assert "lm_head.weight" in find_problems(copy)["values are finite"]
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load(copy, device="cpu")
@@ -192,7 +181,7 @@ def test_relabelled_dtypes_are_named(tmp_path, written, read):
         for name, tensor in weights.items():
             weights[name] = (tensor * 0.1).view(getattr(torch, read))
 
-    edit_weights(folder, relabel)
+    edit_weights(folder / "model.safetensors", relabel)
     assert f"config.json says {written}" in find_problems(folder)[what]
     edit_json(folder / "config.json", dtype=read)
     assert f"look like {written}" in find_problems(folder)[what]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_sources import edit_json, edit_weights
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils.logging import disable_propagation, enable_propagation
 from typer.testing import CliRunner
@@ -144,12 +145,12 @@ def test_quantised_checkpoints(settings, checkpoint, tmp_path):
 
 
 def test_old_quantised_checkpoints_name_no_method(checkpoint, copy):
-    change_config(copy, quantization_config={"load_in_8bit": True})
+    edit_json(copy / "config.json", quantization_config={"load_in_8bit": True})
     assert describe_checkpoint(copy).quantization == "bitsandbytes"
 
 
 def test_other_quantisations_are_told_and_not_guessed_at(copy):
-    change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_json(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     info = describe_checkpoint(copy)
     assert info.quantization == "gptq" and not info.memory and "numbers" in info.summary()
     with pytest.raises(ConversionError, match="gptq.*bitsandbytes"):
@@ -208,37 +209,30 @@ def test_sound_checkpoints_pass(checkpoint, converted, llava):
 def test_what_cannot_be_checked_is_named(copy, reference):
     with pytest.raises(ConversionError, match="convllava convert"):
         check_checkpoint(reference / "convllava" / "llm")
-    change_config(copy, model_type="bert")
+    edit_json(copy / "config.json", model_type="bert")
     with pytest.raises(ConversionError, match="'bert'.* convllava, llava"):
         check_checkpoint(copy)
 
 
-def change_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **values) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
+def change_tensors(change):
+    return lambda folder: edit_weights(folder / "model.safetensors", change)
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda f: change_tensors(f, lambda t: t.pop("lm_head.weight")), "1 tensor.s. are missing.*lm_head.weight"),
-        (lambda f: change_tensors(f, lambda t: t.update(x=torch.zeros(1))), "1 tensor.s. are unknown.* x$"),
+        (change_tensors(lambda t: t.pop("lm_head.weight")), "1 tensor.s. are missing.*lm_head.weight"),
+        (change_tensors(lambda t: t.update(x=torch.zeros(1))), "1 tensor.s. are unknown.* x$"),
         (
-            lambda f: change_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(3, 64)})),
+            change_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(3, 64)})),
             r"lm_head.weight has the shape \[3, 64\]; expected \[320, 64\]",
         ),
         (
-            lambda f: change_tensors(f, lambda t: t["lm_head.weight"][5].fill_(float("nan"))),
+            change_tensors(lambda t: t["lm_head.weight"][5].fill_(float("nan"))),
             "1 tensor.s. hold values that are not finite, the first is lm_head.weight",
         ),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "truncated or damaged"),
-        (lambda f: change_config(f, image_token_id=7), "'<image>' has the id 1; config.json says 7"),
+        (lambda f: edit_json(f / "config.json", image_token_id=7), "'<image>' has the id 1; config.json says 7"),
         (lambda f: (f / "tokenizer.json").unlink(), ""),
         (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].nothing.at_all }}"), "no attribute"),
         (lambda f: (f / "chat_template.jinja").write_text("no image"), "0 (<image>|image) tokens"),

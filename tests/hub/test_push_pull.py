@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import constants
+from tiny_sources import edit_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -299,10 +300,6 @@ def test_cards_that_the_hub_refuses_are_named(hub, copy, metadata):
     assert hub.uploaded() == 0
 
 
-def change_json(file: Path, **values) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def test_the_code_of_a_pushed_checkpoint_is_the_packages_own_and_no_other(hub, checkpoint, tmp_path):
     """Also where the repository held other code, and whatever the configurations name."""
     api, copy = huggingface_hub.HfApi(), tmp_path / "tiny"
@@ -321,7 +318,7 @@ def test_the_code_of_a_pushed_checkpoint_is_the_packages_own_and_no_other(hub, c
     ):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(checkpoint, copy)
-        change_json(copy / name, auto_map=auto_map)
+        edit_json(copy / name, auto_map=auto_map)
         with pytest.raises(HubError, match=problem):
             push_checkpoint(copy, REPO)
         assert any(problem in (check.problem or "") for check in check_checkpoint(copy))

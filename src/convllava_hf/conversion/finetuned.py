@@ -93,13 +93,9 @@ def read_finetuning(source: Source) -> Finetuning:
     whole = {}
     for file in files:
         if file.name in (WHOLE_WEIGHTS, PROJECTOR_WEIGHTS):
-            whole |= {_strip(name): tensor for name, tensor in read_tensors(file).items()}
+            stored = {name.removeprefix("base_model."): tensor for name, tensor in read_tensors(file).items()}
+            whole |= {re.sub(r"^model\.(?=model\.)", "", name): tensor for name, tensor in stored.items()}
     return Finetuning(whole, factors, scale, files, adapter)
-
-
-def _strip(name: str) -> str:
-    name = name.removeprefix("base_model.")
-    return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 
 def _read_factors(adapter: Adapter) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
@@ -198,7 +194,7 @@ def write_adapter(source: Source, base: str | Path, output: Path, force: bool) -
             raise ConversionError(
                 f"the base {base} has no {published!r} of the shape of the factors. Pass another --base."
             )
-        layer = _find_module(published)
+        layer = published.removesuffix(".weight").replace("language_model.model.", "model.language_model.", 1)
         tensors[f"base_model.model.{layer}.lora_A.weight"] = first
         tensors[f"base_model.model.{layer}.lora_B.weight"] = second
     layers = [
@@ -233,11 +229,6 @@ def write_adapter(source: Source, base: str | Path, output: Path, force: bool) -
         save_file(weights, staging / ADAPTER_WEIGHTS[0], {"format": "pt"})
         (staging / "README.md").write_text(build_folder_card(staging, output.name), encoding="utf-8")
     return output
-
-
-def _find_module(published: str) -> str:
-    """The name of a module in memory, of its weight as it is published."""
-    return published.removesuffix(".weight").replace("language_model.model.", "model.language_model.", 1)
 
 
 def _name_layers(layers: Sequence[str]) -> str | list[str]:

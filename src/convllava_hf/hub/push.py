@@ -139,7 +139,8 @@ def push_checkpoint(
             files = {name: file for name, file in files.items() if not fnmatch(name, "*.safetensors*")}
             files |= {path.name: path for path in sorted(weights.iterdir()) if not path.name.startswith(".")}
             if "conversion_report.json" in files:
-                files["conversion_report.json"] = describe_files(files["conversion_report.json"], written)
+                content = read_json(files["conversion_report.json"]) | {"files": [file.describe() for file in written]}
+                files["conversion_report.json"] = (json.dumps(content, indent=1) + "\n").encode()
         branch = revision or "main"
         report = PushReport(repo_id, branch, left_out=left_out)
         if not dry_run:
@@ -222,13 +223,6 @@ def validate_card(card: Path | bytes | None) -> None:
             ModelCard(text, ignore_metadata_errors=True).validate(repo_type="model")
         except ValueError as error:
             raise HubError(describe_bad_card(error)) from error
-
-
-def describe_files(report: Path, written: list[WrittenFile]) -> bytes:
-    """A conversion report with other weight files in it."""
-    content = read_json(report)
-    content["files"] = [file.describe() for file in written]
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def collect_files(

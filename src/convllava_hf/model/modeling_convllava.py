@@ -356,12 +356,6 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
                 module.eval()
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
-
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         """Runs the tower on images of one size: `(I, 3, H, W)` to features `(I, N, C)` and the tower's own output."""
         if self.config.vision_config.model_type == "timm_wrapper":
@@ -652,15 +646,6 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, ConvLlavaGener
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self._is_stateful = self.model.language_model._is_stateful  # Mamba's layers cannot take tokens back
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """Resizes the vocabulary, see `PreTrainedModel`; ids that were padding may then be tokens."""

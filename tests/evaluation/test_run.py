@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava_hf.cli.app import app
+from convllava_hf.evaluation import answering
 from convllava_hf.evaluation import run as running
 from convllava_hf.evaluation.answering import build_chat, set_chat_template
 from convllava_hf.evaluation.files import read_json_lines, write_json_lines
@@ -159,6 +160,23 @@ def test_two_processes_give_one_result(evaluated, converted, questions, tmp_path
     expected = {file.name for file in evaluated.iterdir()} | {"answers-001.jsonl"}
     assert {file.name for file in output.iterdir()} == expected
     assert (output / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
+
+
+def test_photos_are_drafted_by_the_flag_or_by_the_image_processor(converted, tmp_path, monkeypatch):
+    import convllava_hf
+
+    Image.linear_gradient("L").convert("RGB").resize((1024, 768)).save(tmp_path / "0.jpg")
+    write_json_lines(tmp_path / "q.jsonl", [{"question_id": 0, "image": "0.jpg", "text": "What?", "answer": "x"}])
+    sizes, load_image = [], answering.load_image
+    monkeypatch.setattr(answering, "load_image", lambda *a, **k: sizes.append((i := load_image(*a, **k)).size) or i)
+    for flag in (None, "--draft-photos"):
+        result = run(app, build_command(converted, tmp_path / "q.jsonl", tmp_path / f"results{flag}", flag))
+        assert result.exit_code == 0, result.output
+    model, processor = convllava_hf.load(converted, device="cpu")
+    processor.image_processor.draft_photos = True
+    answer = answering.make_local_answerer(model, processor, tmp_path, PROMPT_STYLES["checkpoint"], 2, {})
+    answer(find_task("contains")[1].read(tmp_path / "q.jsonl", PROMPT_STYLES["checkpoint"]))
+    assert sizes[0] == (1024, 768) and sizes[1] == sizes[2] and sizes[1][0] < 1024
 
 
 def test_a_limit_takes_the_first_questions(evaluated, converted, questions, tmp_path):

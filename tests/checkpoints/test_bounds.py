@@ -1,6 +1,7 @@
 """Small files that would take a machine: each is refused by name before it does."""
 
 import os
+import struct
 import zipfile
 
 import pytest
@@ -33,6 +34,14 @@ def test_compressed_pickles_are_not_unpacked(tmp_path):
     for read in (CheckpointReader, lambda folder: read_header(open(folder / "pytorch_model.bin", "rb"), "a.bin")):
         with pytest.raises(ConversionError, match=r"data\.pkl"):
             read(tmp_path)
+
+
+def test_a_pickle_that_numbers_its_objects_far_up_takes_no_memory(tmp_path):
+    """Python's unpickler would make a table of 34 GB for this one of a few bytes."""
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
+    with open(tmp_path / "a.bin", "rb") as file, pytest.raises(ConversionError, match=str(2**31 - 1)):
+        read_header(file, "a.bin")
 
 
 def test_a_header_that_claims_terabytes_is_not_read(tmp_path):

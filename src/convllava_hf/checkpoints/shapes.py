@@ -6,11 +6,13 @@ The headers of pickles are read by an unpickler that makes nothing but shapes.
 import json
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
+from io import BytesIO
 from typing import BinaryIO
 
 import torch
@@ -191,8 +193,12 @@ def _read_pickle_header(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], torc
             pickled = check_archive(archive)
         except ConversionError as error:
             raise ConversionError(f"it {error}") from error
-        with archive.open(pickled) as stream:
-            content = _ShapeUnpickler(stream).load()
+        data = archive.read(pickled)
+    for code, argument, _ in pickletools.genops(data):
+        # Python's unpickler makes room for as many objects as such a number says.
+        if code.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+            raise ConversionError(f"its pickle of {len(data)} bytes numbers an object {argument}. It is damaged.")
+    content = _ShapeUnpickler(BytesIO(data)).load()
     if not all(isinstance(value, tuple) and len(value) == 2 for value in content.values()):
         raise ConversionError("its pickle holds something that is no tensor; expected tensors by name.")
     return {key: (tuple(shape), dtype) for key, (shape, dtype) in content.items()}

@@ -227,7 +227,7 @@ def test_a_photo_is_taken(browser, model, screenshots, name, width, height):
         visitor = visit(browser, url, viewport={"width": width, "height": height})
         visitor.get_by_text("Camera").first.click()
         visitor.get_by_text("Click to Access Webcam").click()
-        visitor.locator("#camera video").wait_for()
+        visitor.wait_for_function("() => document.querySelector('#camera video')?.videoWidth > 0")  # it shows something
         visitor.get_by_label("capture photo").click()
         visitor.locator("#cost").get_by_text("FLOP").wait_for()
         assert ask(visitor, "What is this?")

@@ -121,4 +121,4 @@ def compare_prompt(
     gaps = [abs(logarithms[place, index].item() - value) for place in kept for index, value in theirs[place][1].items()]
     if equal < count and logarithms[equal].max() - logarithms[equal, theirs[equal][0]] < TIE:
         count = equal
-    return Agreement(count, equal, max(gaps) / scores[: len(kept)].abs().max().item(), took, seconds)
+    return Agreement(count, equal, max(gaps, default=0.0) / scores[: len(kept)].abs().max().item(), took, seconds)

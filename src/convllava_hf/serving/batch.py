@@ -129,13 +129,11 @@ def list_rows(source: str, question: str | None, split: str = "train") -> Iterat
         if not question:
             raise ValueError(f"{source} is a folder of images: --question says what to ask about each.")
         suffixes = Image.registered_extensions()
-        paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
-        empty = True
-        for path in paths:
-            empty = False
-            yield {"id": path.relative_to(folder).as_posix(), "question": question, "images": [str(path)]}
-        if empty:
+        paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+        if not paths:
             raise ValueError(f"{source} holds no images.")
+        for path in paths:
+            yield {"id": path.relative_to(folder).as_posix(), "question": question, "images": [str(path)]}
         return
     from datasets import load_dataset
 

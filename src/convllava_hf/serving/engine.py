@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Condition, Lock, Thread
 from traceback import format_tb
 
@@ -162,7 +162,6 @@ class Job:
     prompt: Prompt
     settings: Settings
     deliver: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     done: bool = False
 

@@ -19,6 +19,7 @@
 
 import argparse
 import copy
+import copy
 import io
 import itertools
 import os
@@ -464,14 +465,14 @@ def measure_collator(options, rows: Dataset) -> list[dict]:
             trainer.current_gradient_accumulation_steps = 1
             steps = []
             for _ in range(4):
-                inputs = {key: value.clone() for key, value in prepared.items()}
+                inputs = copy.deepcopy(dict(prepared))
                 start = time.perf_counter()
                 trainer.training_step(trainer.model, inputs)
                 if options.device == "cuda":
                     torch.cuda.synchronize()
                 steps.append(time.perf_counter() - start)
             step = statistics.median(steps)
-            size = sum(value.numel() * value.itemsize for value in prepared.values())
+            size = sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
             table.append(
                 {
                     "images as": name,

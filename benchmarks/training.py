@@ -19,7 +19,6 @@
 
 import argparse
 import copy
-import copy
 import io
 import itertools
 import os

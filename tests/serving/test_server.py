@@ -166,7 +166,7 @@ def test_the_cache_of_features_is_bounded():
 
 
 def test_text_waits_for_what_may_change_it(server):
-    from convllava_hf.serving.engine import AnswerText
+    from convllava_hf.inference.answer_text import AnswerText
 
     tokenizer = server.processor.tokenizer
     tokens = iter(tokenizer("Grüße und Küsse, ENDE.", add_special_tokens=False)["input_ids"])

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..images import GetSize, ImageSource, get_draft, limit_image_tokens, load_image
+from .answer_text import AnswerText
 
 
 logger = logging.get_logger(__name__)
@@ -78,14 +79,11 @@ class AnswerStream(Iterator[str]):
 
 
 class _TextPieces(BaseStreamer):
-    """Cuts generated tokens into text. transformers' own streamers hold each word back until the next one begins.
-
-    White space around the answer is dropped, and half a character waits for its other tokens.
-    """
+    """Hands on text as it is generated. transformers' own streamers hold each word back until the next one begins."""
 
     def __init__(self, tokenizer, queue: SimpleQueue, stats: AnswerStats, started: float, ends: list[str]):
-        self.tokenizer, self.queue, self.stats, self.started, self.ends = tokenizer, queue, stats, started, ends
-        self.tokens, self.length, self.in_prompt = [], 0, True
+        self.queue, self.stats, self.started = queue, stats, started
+        self.text, self.in_prompt = AnswerText(tokenizer, tuple(ends)), True
 
     def put(self, value):
         if self.in_prompt:  # generate() hands over the prompt first
@@ -93,19 +91,16 @@ class _TextPieces(BaseStreamer):
             return
         if self.stats.seconds_to_first_token is None:
             self.stats.seconds_to_first_token = time.perf_counter() - self.started
-        self.tokens += value.flatten().tolist()
-        self.stats.new_tokens = len(self.tokens)
-        text = decode_tokens(self.tokenizer, self.tokens, self.ends).rstrip("\N{REPLACEMENT CHARACTER}")
-        begun = max((n for end in self.ends for n in range(len(end)) if text.endswith(end[:n])), default=0)
-        self._emit(text[: len(text) - begun].rstrip())  # the beginning of an end waits too
+        for token in value.flatten().tolist():
+            self._emit(self.text.push(token))
+        self.stats.new_tokens = len(self.text.tokens)
 
     def end(self):
-        self._emit(decode_tokens(self.tokenizer, self.tokens, self.ends))
+        self._emit(self.text.push(None))
 
-    def _emit(self, text: str):
-        if len(text) > self.length:
-            self.queue.put(text[self.length :])
-            self.length = len(text)
+    def _emit(self, piece: str):
+        if piece:
+            self.queue.put(piece)
 
 
 class _StopWhenSet(StoppingCriteria):
@@ -167,8 +162,8 @@ def _stream_pieces(
         else:
             tokens = model.generation_config.eos_token_id
             cut = stats.new_tokens >= arguments["generation_config"].max_new_tokens
-            cut = cut and streamer.tokens[-1] not in (tokens if isinstance(tokens, list) else [tokens])
-            cut = cut and not tokenizer.decode(streamer.tokens).endswith(tuple(ends))
+            cut = cut and streamer.text.tokens[-1] not in (tokens if isinstance(tokens, list) else [tokens])
+            cut = cut and not streamer.text.stopped
             stats.finish_reason = "length" if cut else "stop"
 
 

@@ -21,11 +21,14 @@ def list_parts(messages: list[dict], num_images: int) -> list[dict]:
 
 
 def place_images(messages: list[dict], images: list) -> list[dict]:
-    """Puts images into the places of messages that stand for them, in reading order."""
+    """Puts images into the places of messages that stand for them, in reading order.
+
+    Nothing else stays there: a processor would fetch what a row names beside.
+    """
     left = iter(images)
 
     def fill(part: dict) -> dict:
-        return {**part, "image": next(left)} if part["type"] == "image" else part
+        return {"type": "image", "image": next(left)} if part["type"] == "image" else part
 
     return [{**message, "content": [fill(part) for part in message["content"]]} for message in messages]
 

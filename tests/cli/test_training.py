@@ -1,6 +1,7 @@
 """The commands around training: what they print, and how they fail."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from convllava_hf.cli.app import app
 from convllava_hf.model.modeling_convllava import set_trainable
 from convllava_hf.shipped import list_files
-from convllava_hf.training.plans import describe_plan, get_trainable
+from convllava_hf.training.plans import describe_plan, get_trainable, plan_stored
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,21 @@ def test_plan_refuses_what_is_not_there(checkpoint):
     assert code == 3 and text.startswith("error: stage=4;")
     code, text = run("plan", checkpoint, "--stage", 2, "--dtype", "int8")
     assert code == 3 and "dtype='int8'" in text
+
+
+@pytest.mark.parametrize("field", [{"hidden_size": "64"}, {"vocab_size": None}, {"model_type": "nonsense"}])
+def test_plan_names_a_configuration_that_no_class_takes(checkpoint, tmp_path, field):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"] |= field
+    (copy / "config.json").write_text(json.dumps(config))
+    code, text = run("plan", copy, "--stage", 3)
+    assert code == 3 and text.startswith("error: ") and "config" in text
+
+
+def test_a_plan_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="multi_modal_projector"):
+        plan_stored({"language_model.model.norm.weight": 8}, [r"multi_modal_projector\."])
 
 
 def test_recipes_are_listed_found_and_shown():

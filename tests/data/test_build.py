@@ -103,6 +103,7 @@ def test_rows_are_read_whatever_the_block(tmp_path, monkeypatch, block):
         ('[{"a": 1}] x', "'x'"),
         ("<html>", "'<html>'"),
         ("", "''"),
+        ('{\n"a": 1\n}', "line 1: .*several lines"),
     ],
 )
 def test_broken_json_is_named(tmp_path, text, error):
@@ -385,6 +386,16 @@ def test_an_unfinished_build_with_other_files_in_it_stays(tmp_path, root, name, 
     with pytest.raises(FileExistsError, match=f"out.partial .*{re.escape(name)}"):
         build([(file, root)], tmp_path / "out", shard_rows=2, force=force)
     assert (work / name).read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_someones_dataset_is_no_unfinished_build(tmp_path, root):
+    """Files named as on the Hub, without the settings that a build writes first."""
+    theirs = tmp_path / "out.partial" / "train" / "train-00000-of-00001.parquet"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(FileExistsError, match="out.partial"):
+        build([(write(tmp_path / "one.json", GOOD), root)], tmp_path / "out")
+    assert theirs.read_text() == "mine"
 
 
 def test_what_a_build_left_out_is_not_left_out_by_one_that_stops(tmp_path, root):

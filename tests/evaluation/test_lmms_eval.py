@@ -96,17 +96,19 @@ def test_the_answers_of_the_plugin_are_ours(converted, task, tmp_path):
 
 
 def test_images_that_cannot_be_read_are_counted_and_named(converted, task, tmp_path):
-    """lmms-eval has no answers that are missing: it scores a text that says so, and the others keep theirs."""
+    """lmms-eval has no answers that are missing: it stops, or scores a text that says so, and others keep theirs."""
     folder, said = task
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])  # its size is there, its pixels are not
     (folder / "4.png").unlink()
-    arguments = ("--model", "convllava", "--model_args", f"pretrained={converted}", "--batch_size", "2")
+    arguments = f"pretrained={converted},skip_bad_images=True"
+    arguments = ("--model", "convllava", "--model_args", arguments, "--batch_size", "2")
     score, answers, log = evaluate(folder, tmp_path, *arguments, "--device", "cpu")
     assert score == pytest.approx(2 / 6) and [answers[n] for n in (0, 2, 3, 5)] == [said[n] for n in (0, 2, 3, 5)]
     for number in (1, 4):
-        assert answers[number].startswith("[CONVLLAVA_IMAGE_UNREADABLE]") and f"{number}.png" in answers[number]
-        assert f"question {number} of local_reading" in log
-    assert "2 of 6 questions" in log
+        assert answers[number] == "[CONVLLAVA_IMAGE_UNREADABLE]"
+        assert f"question {number} of local_reading" in log and f"{number}.png" in log
+    with pytest.raises(AssertionError, match="2 of 6 questions"):
+        evaluate(folder, tmp_path / "again", "--model", "convllava", "--model_args", f"pretrained={converted}")
 
 
 def test_the_answers_of_our_server_are_ours(converted, served, task, tmp_path):

@@ -1,6 +1,7 @@
 """What `info`, `plan` and `doctor` load: a list of modules, since a time depends on the machine."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,9 @@ def list_modules(*commands: list[str]) -> list[set[str]]:
     return [set(modules) for _, modules in ends]
 
 
+@pytest.mark.skipif(
+    os.environ.get("CONVLLAVA_HF_FLOOR") == "1", reason="transformers 5.19 imports torchvision and sklearn by itself"
+)
 def test_info_and_plan_build_no_model(copy):
     """Of rotary embeddings as older versions of transformers wrote them neither warns."""
     config = json.loads((copy / "config.json").read_text())
@@ -38,7 +42,8 @@ def test_info_and_plan_build_no_model(copy):
     config["text_config"] |= {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     (copy / "config.json").write_text(json.dumps(config))
     after_info, after_plan = list_modules(["info", str(copy)], ["plan", str(copy), "--stage", "3"])
-    assert "torch" in after_info and not after_plan & (HEAVY | MODELLING)
+    assert "torch" in after_info
+    assert not after_plan & (HEAVY | MODELLING), after_plan & (HEAVY | MODELLING)
     trainers = {name for name in after_plan if name.startswith("convllava_hf.training.")}
     assert trainers == {"convllava_hf.training.plans"}
 

@@ -1,5 +1,6 @@
 """What `convllava plan --memory` says, against what a training step takes from the allocator of a CPU."""
 
+import gc
 import json
 
 import pytest
@@ -51,6 +52,7 @@ def measure_step(config, patterns, rows, tokens, image_size, recompute):
     run_step(model, torch.rand(rows, 3, image_size, image_size), tokens)
     optimizer.step()
     saved = SavedBytes(model)
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pixels = torch.rand(rows, 3, image_size, image_size)
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):

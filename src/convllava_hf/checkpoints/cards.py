@@ -9,14 +9,14 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from .. import __version__
 from ..model.configuration_convllava import ConvLlavaConfig
 from .adapters import is_adapter, read_adapter
 from .architecture import check_source
 from .reading import read_json
-from .weight_maps import ConversionError
+from .weight_maps import ConversionError, describe_cause
 
 
 TEMPLATES = Path(__file__).with_name("card_templates")
@@ -67,16 +67,26 @@ def read_outline(source: str | Path, trust_remote_code: bool = False) -> PreTrai
     Args:
         source: folder, or Hub id.
         trust_remote_code: for models that neither transformers nor this package has.
+
+    Raises:
+        ConversionError: settings that its class refuses.
     """
     settings, _ = PreTrainedConfig.get_config_dict(source)
-    config_class = CONFIG_CLASSES.get(settings.get("model_type"))
-    if config_class is None:
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_CLASSES:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     text = settings.get("text_config")
-    if isinstance(text, dict) and "hidden_size" in text:  # else the class's defaults are needed
-        # A plain configuration warns of rotary embeddings.
-        settings["text_config"] = PreTrainedConfig(**{key: text[key] for key in text if not key.startswith("rope_")})
-    return config_class.from_dict(settings)
+    try:
+        # Else the class's own defaults are needed, or its refusal.
+        whole = isinstance(text, dict) and {"hidden_size", "vocab_size"} <= {*text}
+        if whole and text.get("model_type") in CONFIG_MAPPING:
+            # A plain configuration warns of rotary embeddings.
+            plain = {key: text[key] for key in text if not key.startswith("rope_")}
+            settings["text_config"] = PreTrainedConfig(**plain)
+        return CONFIG_CLASSES[kind].from_dict(settings)
+    except Exception as error:  # settings of wrong types fail in every class in its own way
+        problem = f"the config.json of {source} cannot be read: {describe_cause(error)}. Get it again."
+        raise ConversionError(problem) from error
 
 
 def list_image_tokens(config: PreTrainedConfig) -> list[tuple[int, int, int]]:

@@ -23,6 +23,8 @@ from .reading import HEADER_BYTES, TORCH_DTYPES, CheckpointReader, StoredTensor,
 from .weight_maps import LLAVA_PUBLISHED, ConversionError, describe_cause
 
 
+# Of the pickle that names the tensors of a file: a thousand times what the largest released checkpoints have.
+PICKLE_BYTES, MOST_OBJECTS = 16 * 10**6, 10**6
 # By name: their modules are imported where a model of theirs is built, and not to read a header.
 PUBLISHED_OTHERWISE = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"}
 
@@ -193,10 +195,12 @@ def _read_pickle_header(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], torc
             pickled = check_archive(archive)
         except ConversionError as error:
             raise ConversionError(f"it {error}") from error
+        if (size := archive.getinfo(pickled).file_size) > PICKLE_BYTES:
+            raise ConversionError(f"its pickle has {size} bytes; expected at most {PICKLE_BYTES}. It is damaged.")
         data = archive.read(pickled)
     for code, argument, _ in pickletools.genops(data):
         # Python's unpickler makes room for as many objects as such a number says.
-        if code.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+        if code.name in ("PUT", "LONG_BINPUT") and argument > min(len(data), MOST_OBJECTS):
             raise ConversionError(f"its pickle of {len(data)} bytes numbers an object {argument}. It is damaged.")
     content = _ShapeUnpickler(BytesIO(data)).load()
     if not all(isinstance(value, tuple) and len(value) == 2 for value in content.values()):

@@ -90,9 +90,12 @@ def put_in_place(staging: Path, output: Path, force: bool):
     except BaseException:
         replaced.rename(output)
         raise
-    doomed = replaced.with_name(f".{output.name}.incomplete-{secrets.token_hex(4)}")
-    replaced.rename(doomed)  # what is half deleted is no model to go back to
-    shutil.rmtree(doomed)
+    try:
+        doomed = replaced.with_name(f".{output.name}.incomplete-{secrets.token_hex(4)}")
+        replaced.rename(doomed)  # what is half deleted is no model to go back to
+        shutil.rmtree(doomed)
+    except OSError as error:  # the new one is in its place
+        logger.warning(f"what was at {output} before could not be deleted ({error}); delete it yourself.")
 
 
 @contextmanager

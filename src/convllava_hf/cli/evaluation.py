@@ -145,7 +145,8 @@ def evaluate(
 
             name, mark = checkpoint, folders.hash_checkpoint(checkpoint, revision)
             place = device or (str(state.device) if state.num_processes > 1 and runtime is None else None)
-            settings |= {"draft_photos": draft_photos or None, "dtype": dtype, "quantize": quantize, "runtime": runtime}
+            settings |= {"dtype": dtype, "quantize": quantize, "runtime": runtime}
+            settings |= {"draft_photos": True} if draft_photos else {}  # unset, the image processor decides
 
             def make(style, longest, options):
                 loaded = load_model(

@@ -120,7 +120,7 @@ def plan(
 ):
     """Show what a training stage trains, and the memory it takes.
 
-    Reads no weights.
+    Reads the names and shapes of the weights, not the weights.
 
     \b
     Examples:

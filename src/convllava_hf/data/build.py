@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..checkpoints.staging import MANIFEST, check_output, put_in_place
+from ..checkpoints.staging import MANIFEST, check_output, name_stale, put_in_place
 from ..checkpoints.weight_maps import ConversionError
 from ..tokens import count_image_tokens
 from .holdout import LEFT_OUT, SPLITS, TEST, TRAIN, plan_holdout
@@ -180,8 +181,13 @@ def _describe_build(sources: list[Source], settings: Settings) -> dict:
 def _prepare_folder(output: Path, work: Path, description: dict, force: bool) -> None:
     _check_place(output, work, force)
     file = work / STATE / "settings.json"
-    if work.exists() and (force or not file.is_file()):  # killed before it had begun, or while it was thrown away
-        shutil.rmtree(work)
+    begun = file.is_file() or any(work.rglob("*.parquet"))  # else it was killed before
+    if work.exists() and begun and not force and not file.is_file():
+        raise FileExistsError(f"{work} holds files of no build that goes on; remove it, or start anew with --force.")
+    if work.exists() and (force or not begun):
+        doomed = work.with_name(f".{output.name}.incomplete-{secrets.token_hex(4)}")
+        work.rename(doomed)  # what is half deleted is no build to go on with
+        shutil.rmtree(doomed)
     if work.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         if changed := [key for key in description if before.get(key) != description[key]]:
@@ -197,6 +203,7 @@ def _prepare_folder(output: Path, work: Path, description: dict, force: bool) ->
 
 def _check_place(output: Path, work: Path, force: bool) -> None:
     """Refuses to replace, or to take along, what no build wrote."""
+    name_stale(output, "incomplete")
     try:
         check_output(output, force)
     except ConversionError as error:

@@ -115,6 +115,9 @@ def _iterate_lines(path: str | Path, file: BinaryIO) -> Iterator[RowText]:
         if len(content) == LONGEST_ROW:
             raise ValueError(f"{path}, line {line}: does not end within {LONGEST_ROW:,} bytes; is it JSON Lines?")
         text = content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape").strip()
+        if text == "{":
+            problem = "an object goes over several lines; expected one per line, or a JSON list"
+            raise ValueError(f"{path}, line {line}: {problem}.")
         if text:
             yield RowText(text, line, file.tell())
 

@@ -55,6 +55,7 @@ class ConvLlavaEval(lmms):
         max_image_tokens: int | None = None,
         prompt_style: str = "checkpoint",
         trust_remote_code: bool = False,
+        skip_bad_images: bool = False,
         **_,
     ):
         super().__init__()
@@ -64,13 +65,16 @@ class ConvLlavaEval(lmms):
         self.loaded = load(pretrained, place, dtype, trust_remote_code=bool(trust_remote_code))
         self.batch_size_per_gpu, self.style = int(batch_size), PROMPT_STYLES[prompt_style]
         self.max_image_tokens = max_image_tokens and int(max_image_tokens)
+        self.skip_bad_images = bool(skip_bad_images)
 
     def generate_until(self, requests) -> list[str]:
         """Answers to chat requests, in their order.
 
         RefCOCO is asked with the prompt of the training, and boxes come back as fractions of the unpadded image, which
-        is what these tasks compare. A question whose image cannot be read gets `UNREAD` with the reason, and is named
-        in the log.
+        is what these tasks compare. A question whose image cannot be read is named in the log.
+
+        Raises:
+            ValueError: there are such questions, and `skip_bad_images` was not set; else their answer is `UNREAD`.
         """
         filled, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval fills with grey
         try:
@@ -113,12 +117,13 @@ class ConvLlavaEval(lmms):
                     answers[index] = convert_box(answer, *size) if size else answer
                 progress.update(len(batch))
         progress.close()
-        for index, error in sorted(unread.items()):  # lmms-eval knows no missing answers: it scores this text
-            answers[index] = f"{UNREAD} {error}"
+        for index, error in sorted(unread.items()):
+            answers[index] = UNREAD  # without the reason, in which a task might find its answer
             eval_logger.error(f"No answer to question {requests[index].args[3]} of {requests[index].args[4]}: {error}")
-        if unread:
-            eval_logger.error(
-                f"{len(unread)} of {len(requests)} questions have no answer; they are scored as {UNREAD}."
+        if unread and not self.skip_bad_images:
+            raise ValueError(
+                f"{len(unread)} of {len(requests)} questions have no answer, as their images cannot be read. "
+                f"lmms-eval knows no missing answers; skip_bad_images=True scores them as {UNREAD}."
             )
         return answers
 

@@ -115,10 +115,11 @@ def compare_prompt(
         seconds = time.perf_counter() - started
         tokens, scores, took = generate_greedily(model, inputs)
     ends = model.generation_config.eos_token_id
-    logarithms = scores.index_fill(1, torch.tensor(ends).flatten(), -torch.inf).log_softmax(-1)  # (T, V)
+    logarithms = scores.log_softmax(-1)  # (T, V), as llama.cpp tells them: with the ends, which it does not choose
+    allowed = logarithms.index_fill(1, torch.tensor(ends).flatten(), -torch.inf)
     equal, count = count_equal(tokens, [token for token, _ in theirs]), len(tokens)
     kept = range(min(equal + 1, count))  # what follows another token is another text
     gaps = [abs(logarithms[place, index].item() - value) for place in kept for index, value in theirs[place][1].items()]
-    if equal < count and logarithms[equal].max() - logarithms[equal, theirs[equal][0]] < TIE:
+    if 0 < equal < count and allowed[equal].max() - allowed[equal, theirs[equal][0]] < TIE:
         count = equal
     return Agreement(count, equal, max(gaps, default=0.0) / scores[: len(kept)].abs().max().item(), took, seconds)

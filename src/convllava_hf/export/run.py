@@ -123,6 +123,11 @@ def export_checkpoint(
     if target == "web":
         check_web(shape.config, num_bytes)
     model, processor = load(checkpoint, device="cpu", dtype="float32", **source)
+    if target == "executorch" and getattr(processor.image_processor, "image_aspect_ratio", None) == "native":
+        raise ConversionError(
+            "image_aspect_ratio='native' makes pictures of many shapes, and ExecuTorch has memory for one; set "
+            "'pad' in preprocessor_config.json, or export to another target."
+        )
     packages = ("transformers", "torch", *PACKAGES[runtime])
     manifest = {"target": target, "quantize": quantize, "versions": {name: version(name) for name in packages}}
     with stage_output(output, num_bytes, force) as folder:
@@ -143,6 +148,8 @@ def export_checkpoint(
                 context = min(model.config.get_text_config().max_position_embeddings, LONGEST_TEXT)
             parts = split_model(model, side, convolutional, largest)
             sizes = write_graphs(parts, folder / runtime, runtime, quantize, context)
+            if context:  # what the export has memory for is what it takes
+                model.config.get_text_config().max_position_embeddings = context
             model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
             processor.save_pretrained(folder)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoModel, PreTrainedModel, ProcessorMixin
 
 
-NUMBER = r"\s*(\d+\.?\d*|\.\d+)\s*"
+NUMBER = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 

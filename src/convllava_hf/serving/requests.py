@@ -22,6 +22,7 @@ from pydantic import (
 TEXT_BYTES = 2**20  # what a body may hold beside its images
 MAX_IMAGES = 16
 MAX_SCHEMA_CHARACTERS = 8192
+MAX_SCHEMA_DEPTH = 24  # a property of an object is two levels
 BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 
 
@@ -78,6 +79,8 @@ class Schema(_Strict):
     """What structured output understands. Other keywords (`pattern`, `$ref` ...) can make a grammar of any size out of
     a short text."""
 
+    model_config = ConfigDict(strict=True)
+
     dialect: str | None = Field(default=None, alias="$schema")
     title: str | None = None
     description: str | None = None
@@ -97,10 +100,18 @@ class Schema(_Strict):
     maximum: float = 0
 
 
+def measure_depth(value: Any) -> int:
+    """Levels of lists and objects in each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(measure_depth, inner), default=0)
+
+
 def check_schema(schema: dict) -> dict:
-    """A JSON schema as it is; raises ValueError where it is too long, or something else than a [`Schema`]."""
+    """A JSON schema as it is; raises ValueError where it is too long, too deep, or something else than a [`Schema`]."""
     if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
         raise ValueError(f"the schema is longer than {MAX_SCHEMA_CHARACTERS} characters")
+    if measure_depth(schema) > MAX_SCHEMA_DEPTH:
+        raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
     Schema.model_validate(schema)
     return schema
 

@@ -107,9 +107,11 @@ class Guard:
         try:
             refusal = self._refuse(scope)
             await (refusal or self.app)(scope, receive, send_and_note)
-        except Exception as error:  # `fail` has answered; the log gets the place, without what a client sent
+        except Exception as error:  # mostly `fail` has answered; the log gets the place, without what a client sent
             lines = "".join(traceback.format_tb(error.__traceback__))
             logger.error(f"{type(error).__name__} while answering\n{lines}")
+            if status is None:
+                await build_error("internal error", 500, "server_error")(scope, receive, send_and_note)
         finally:
             seconds = time.perf_counter() - started
             known = {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}

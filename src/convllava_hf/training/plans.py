@@ -136,11 +136,16 @@ def describe_plan(model: nn.Module) -> list[PartPlan]:
 
 
 def plan_stored(counts: dict[str, int], patterns: list[str]) -> list[PartPlan]:
-    """What a plan does to a checkpoint: as [`describe_plan`], from the names of its tensors and their numbers."""
-    is_trained = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).search
-    return _count_parts(
-        (name, count, is_trained(name) is not None) for name, count in counts.items() if not BUFFER.search(name)
-    )
+    """What a plan does to a checkpoint: as [`describe_plan`], from the names of its tensors and their numbers.
+
+    Raises:
+        ValueError: a pattern that matches no name.
+    """
+    names = [name for name in counts if not BUFFER.search(name)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"the stage trains {pattern!r}, which occurs in no name of the {len(names)} tensors.")
+    return _count_parts((name, counts[name], any(re.search(p, name) for p in patterns)) for name in names)
 
 
 def _count_parts(parameters: Iterable[tuple[str, int, bool]]) -> list[PartPlan]:

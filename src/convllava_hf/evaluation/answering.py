@@ -61,7 +61,7 @@ def make_local_answerer(
     import torch
     from transformers import GenerationConfig
 
-    from ..inference.answer import choose_bytes, decode_tokens, list_stop_strings, move_inputs
+    from ..inference.answer import choose_bytes, decode_tokens, list_stop_strings, move_inputs, prepare_inputs
 
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     tokenizer.padding_side = "left"
@@ -91,14 +91,7 @@ def make_local_answerer(
             chats.append(build_chat(question, images, style))
         if not chats:
             return answers
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, **({"images_kwargs": preparing} if preparing else {})},
-        )
+        inputs = prepare_inputs(processor, *chats, **preparing)
         if temperature:
             words = f"{settings.get('seed', 0)} {questions[0].question_id}"  # the same after an interruption
             torch.manual_seed(int(hashlib.sha256(words.encode()).hexdigest()[:8], 16))

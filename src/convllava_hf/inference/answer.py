@@ -291,30 +291,33 @@ def _load_history(message: dict, **load) -> dict:
     return {**message, "content": parts}
 
 
-def prepare_inputs(processor: ProcessorMixin, messages: list[dict], **images_kwargs) -> BatchFeature:
-    """Renders, tokenises and processes a chat: one row that ends with the cue for the answer.
+def prepare_inputs(processor: ProcessorMixin, *chats: list[dict], **images_kwargs) -> BatchFeature:
+    """Renders, tokenises and processes chats: a row for each, which ends with the cue for the answer.
 
     Args:
-        processor: from `load`.
-        messages: of `make_message`.
+        processor: from `load`. Pads several rows on the side that its tokenizer says.
+        chats: messages of `make_message`.
         images_kwargs: settings of the image processor, in the place of its own.
+
+    Returns:
+        `input_ids` and `attention_mask` `(B, S)`, and what the image processor gives, as tensors.
 
     Raises:
         ValueError: an image placeholder in a text.
     """
-    for message in messages:
+    for message in (message for chat in chats for message in chat):
         if any(processor.image_token in part.get("text", "") for part in message["content"]):
             raise ValueError(
                 f"the text contains {processor.image_token!r}, which stands for an image; leave it out and pass images "
                 "as images."
             )
     return processor.apply_chat_template(
-        messages,
+        list(chats),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"images_kwargs": images_kwargs} if images_kwargs else {},
+        processor_kwargs={"padding": True, **({"images_kwargs": images_kwargs} if images_kwargs else {})},
     )
 
 
